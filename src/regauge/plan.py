@@ -1,0 +1,53 @@
+"""A planned rewrite: for every parameter a frozen list of pure steps. Nothing here touches a file.
+
+A plan is made by moves, applied by :mod:`regauge.apply`, and never mutated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+
+class Step(Protocol):
+    """One change of one tensor.
+
+    Attributes:
+        axes: axes along which the step is not element-by-element alike; along every *other* axis a
+            tensor may be cut into blocks and the step applied to each block separately.
+        arithmetic: False if the step only moves entries or flips signs, so that it is exact in any
+            dtype and needs no cast; True if it must be computed in float64.
+    """
+
+    @property
+    def axes(self) -> frozenset[int]: ...
+
+    @property
+    def arithmetic(self) -> bool: ...
+
+    def apply(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The changed tensor, same shape and dtype. The argument is left as it is."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What to do to a checkpoint.
+
+    Attributes:
+        steps: parameter name -> steps, in order. Parameters not named are copied as bytes.
+        copies: new tensor name -> name of the existing parameter whose *original* value it starts
+            from (untying); its own steps are listed under the new name.
+        config: changes to the top level of ``config.json``.
+        recipe: the moves that were asked for, as plain data, for the manifest.
+        used: generators acted on, as plain data (id, kind, seed or element digest).
+    """
+
+    steps: Mapping[str, tuple[Step, ...]] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    recipe: tuple[Mapping[str, Any], ...] = ()
+    used: tuple[Mapping[str, Any], ...] = ()

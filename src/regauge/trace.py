@@ -1,0 +1,233 @@
+"""From a PyTorch module to a flat, functional ATen graph with named parameters.
+
+``torch.export`` runs the model on fake or meta tensors: no weight is read. Tied parameters are found
+by object identity on the module, never by pointer or by name.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export.graph_signature import InputKind, OutputKind
+
+from regauge.errors import TraceError
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A traced model.
+
+    Attributes:
+        graph: the ATen graph; every parameter, buffer, constant and input is a placeholder.
+        parameters: placeholder name -> canonical state-dict name, for parameters and for persistent
+            floating-point buffers (statistics of a batch norm are parameters here).
+        buffers: placeholder name -> buffer name, for everything else the module stores.
+        constants: placeholder name -> tensor lifted out of the forward code.
+        inputs: placeholder names of the user inputs, in order; values by name for non-tensors.
+        outputs: nodes whose values are the function's result, in order.
+        aliases: canonical name -> every state-dict name that is the same tensor (itself included).
+        shapes: canonical name -> shape.
+        dtypes: canonical name -> dtype in which the module holds it.
+        example: the example keyword inputs used, as given.
+    """
+
+    graph: fx.Graph
+    parameters: Mapping[str, str]
+    buffers: Mapping[str, str]
+    constants: Mapping[str, torch.Tensor]
+    inputs: tuple[str, ...]
+    outputs: tuple[fx.Node, ...]
+    aliases: Mapping[str, tuple[str, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype]
+    output_names: tuple[str, ...] = ()
+    example: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def canonical(self) -> dict[str, str]:
+        """Every state-dict name (aliases included) -> canonical name."""
+        return {alias: name for name, group in self.aliases.items() for alias in group}
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the module an operation came from, for the reader's eyes only."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = next(reversed(stack.values()))[0]
+    return str(path).removeprefix("L['self'].").removeprefix("model_to_trace.")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class _Select(nn.Module):
+    """Runs a model and returns only the tensors that define its function.
+
+    The result may be a tensor, a sequence, a mapping or a dataclass-like output. If it has a field
+    ``logits`` that is the function; otherwise every floating-point tensor of it is.
+    """
+
+    def __init__(self, model: nn.Module, outputs: Sequence[str] | None) -> None:
+        super().__init__()
+        self.model_to_trace = model
+        self.outputs = tuple(outputs) if outputs is not None else None
+        self.names: list[str] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        found = dict(_tensors(self.model_to_trace(*args, **kwargs)))
+        if self.outputs is not None:
+            missing = [name for name in self.outputs if name not in found]
+            if missing:
+                raise TraceError(
+                    "the model does not return an output of that name",
+                    expected=", ".join(missing),
+                    found=", ".join(found),
+                )
+            found = {name: found[name] for name in self.outputs}
+        elif "logits" in found:
+            found = {"logits": found["logits"]}
+        self.names[:] = found
+        return tuple(found.values())
+
+
+def _tensors(value: Any, name: str = "output") -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point() or value.is_complex():
+            yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors(item, key if name == "output" else f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _tensors(item, f"{name}.{index}")
+
+
+def trace(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    outputs: Sequence[str] | None = None,
+) -> Trace:
+    """Trace ``model`` on example inputs.
+
+    Args:
+        model: any module ``torch.export`` can trace, on any device (``meta`` reads no weight). It is
+            traced in eval mode; its training flags are restored.
+        args: example positional inputs.
+        kwargs: example keyword inputs.
+        outputs: names of the output fields that define the function; default ``logits`` if the
+            model returns a field of that name, else every floating-point tensor it returns.
+
+    Raises:
+        TraceError: ``torch.export`` refused; ``found`` carries its reason.
+    """
+    kwargs = dict(kwargs or {})
+    wrapper = _Select(model, outputs)
+    training = {module: module.training for module in model.modules()}
+    wrapper.eval()
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.export.export(wrapper, args, kwargs, strict=False)
+            if _needs_functionalisation(program.graph):
+                program = program.run_decompositions({})
+    except TraceError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise TraceError(
+            "torch.export could not trace this model",
+            found=f"{type(error).__name__}: {' '.join(reason[:3])[:400]}",
+            way_out="pass example inputs that avoid data-dependent control flow, or another attention implementation",
+        ) from error
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+    return _read(program, model, tuple(wrapper.names), kwargs)
+
+
+def _needs_functionalisation(graph: fx.Graph) -> bool:
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            return True
+        if node.op == "call_function":
+            if isinstance(node.target, torch._ops.HigherOrderOperator):
+                return True
+            schema = getattr(node.target, "_schema", None)
+            if schema is not None and schema.is_mutable:
+                return True
+    return False
+
+
+def _read(
+    program: torch.export.ExportedProgram, model: nn.Module, names: tuple[str, ...], kwargs: dict[str, Any]
+) -> Trace:
+    prefix = "model_to_trace."
+    by_identity: dict[int, list[str]] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    persistent = set(model.state_dict(keep_vars=True))
+    for name, tensor in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
+        tensors[name] = tensor
+        by_identity.setdefault(id(tensor), []).append(name)
+    canonical = {name: group[0] for group in by_identity.values() for name in group}
+
+    parameters: dict[str, str] = {}
+    buffers: dict[str, str] = {}
+    constants: dict[str, torch.Tensor] = {}
+    inputs: list[str] = []
+    for spec in program.graph_signature.input_specs:
+        argument = spec.arg.name if hasattr(spec.arg, "name") else ""
+        target = (spec.target or "").removeprefix(prefix)
+        if spec.kind is InputKind.PARAMETER:
+            parameters[argument] = canonical[target]
+        elif spec.kind is InputKind.BUFFER:
+            tensor = tensors[target]
+            if target in persistent and tensor.is_floating_point():
+                parameters[argument] = canonical[target]
+            else:
+                buffers[argument] = target
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            constants[argument] = program.constants[spec.target or ""]
+        elif spec.kind is InputKind.USER_INPUT:
+            inputs.append(argument)
+
+    output_node = next(iter(reversed(program.graph.nodes)))
+    results = output_node.args[0]
+    outputs = tuple(
+        node
+        for spec, node in zip(program.graph_signature.output_specs, results, strict=True)
+        if spec.kind is OutputKind.USER_OUTPUT and isinstance(node, fx.Node)
+    )
+    used = dict.fromkeys(parameters.values())
+    aliases = {
+        group[0]: tuple(group)
+        for group in by_identity.values()
+        if group[0] in used or isinstance(tensors[group[0]], nn.Parameter)
+    }
+    return Trace(
+        graph=program.graph,
+        parameters=parameters,
+        buffers=buffers,
+        constants=constants,
+        inputs=tuple(inputs),
+        outputs=outputs,
+        aliases=aliases,
+        shapes={name: tuple(tensors[name].shape) for name in aliases},
+        dtypes={name: tensors[name].dtype for name in aliases},
+        output_names=names,
+        example=kwargs,
+    )
