@@ -1,0 +1,371 @@
+"""Hugging Face models on the meta device: no weight is ever allocated or read.
+
+The configuration is read to build the model and its inputs, for nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import warnings
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
+
+from regauge.errors import BadInput, Refused, TraceError
+from regauge.inputs import example_inputs
+
+LARGE = 1 << 16
+"""Elements above which ``torch.empty`` gives a tensor without storage while a model is built."""
+
+
+@dataclass(frozen=True)
+class HFModel:
+    """A model without weights, and what is needed to trace and to run it.
+
+    Attributes:
+        model: module on the meta device, in eval mode, with caches off.
+        inputs: example keyword inputs on the meta device.
+        config: its configuration (a deep copy; the caller's is left as it is).
+        class_name: name of the model class.
+        stored_buffers: buffer name -> real value, see :meth:`buffers`.
+    """
+
+    model: nn.Module
+    inputs: Mapping[str, torch.Tensor]
+    config: Any
+    class_name: str
+    stored_buffers: Mapping[str, torch.Tensor]
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Real values of the buffers that no checkpoint has to carry.
+
+        Non-persistent ones (rotary frequencies, masks) and persistent ones that are not
+        floating-point, as the model's own constructor computes them, on the CPU.
+        """
+        return dict(self.stored_buffers)
+
+    def real_inputs(self, *, batch: int, length: int, seed: int) -> dict[str, torch.Tensor]:
+        """Random inputs on the CPU with the same names; see :func:`regauge.inputs.example_inputs`."""
+        return example_inputs(self.model, self.config, batch=batch, length=length, device="cpu", seed=seed)
+
+
+def load_meta(
+    source: str | Path | Mapping[str, Any] | Any,
+    *,
+    batch: int = 3,
+    length: int = 7,
+    experts: str = "batched_mm",
+) -> HFModel:
+    """Build a model on the meta device from a directory, a config as plain data, or a config object.
+
+    Args:
+        source: directory with ``config.json``; or the content of one; or a ``PreTrainedConfig``.
+        batch, length: sizes of the example inputs; distinct small primes keep accidental equalities
+            of sizes out of views.
+        experts: implementation of expert layers where the model offers a choice; ``batched_mm`` and
+            ``grouped_mm`` can be traced, the latter needs less memory to run.
+
+    Raises:
+        BadInput: no config, a damaged one, an unknown model type, or quantised weights.
+        TraceError: the class cannot be built, or an example input cannot be made.
+    """
+    config = _config(source)
+    cls = _model_class(config)
+    model, config = _build(cls, config, experts)
+    with torch.no_grad():
+        stored = _buffers_to_meta(model)
+    inputs = example_inputs(model, config, batch=batch, length=length, device="meta")
+    return HFModel(model, inputs, config, cls.__name__, stored)
+
+
+def _config(source: Any) -> Any:
+    from transformers import AutoConfig, PreTrainedConfig
+
+    if isinstance(source, PreTrainedConfig):
+        return copy.deepcopy(source)
+    if isinstance(source, Mapping):
+        content = dict(source)
+    else:
+        content = read_config(Path(source))
+    if content.get("quantization_config") is not None:
+        raise BadInput(
+            "the weights are stored quantised",
+            expected="weights in a floating-point dtype",
+            found="config.json has a quantization_config",
+            way_out="dequantise the checkpoint first",
+        )
+    name = content.get("model_type")
+    if not isinstance(name, str):
+        raise BadInput("config.json has no model_type", way_out="use a directory saved by transformers")
+    try:
+        with _quiet():
+            return AutoConfig.for_model(**copy.deepcopy(content))
+    except Exception as error:
+        raise BadInput(
+            "transformers cannot read this config",
+            found=f"{type(error).__name__}: {_first_lines(error)}",
+            way_out="use a model type that the installed transformers knows",
+        ) from error
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The content of ``config.json``. Raises ``BadInput`` if it is missing or not a JSON object."""
+    path = directory / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadInput(
+            f"{directory} has no config.json", way_out="give a directory saved by save_pretrained"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise BadInput(f"{path} cannot be read", found=f"{type(error).__name__}: {error}") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} is not a JSON object", found=type(content).__name__)
+    return content
+
+
+def _model_class(config: Any) -> type[nn.Module]:
+    import transformers
+
+    for name in config.architectures or ():
+        cls = getattr(transformers, name, None)
+        if isinstance(cls, type) and issubclass(cls, nn.Module):
+            return cls
+    if config.architectures:
+        raise BadInput(
+            "transformers has no model class of this name",
+            found=", ".join(config.architectures),
+            way_out="install the transformers version that wrote the checkpoint; remote code is not run",
+        )
+    names = ["AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModelForImageClassification", "AutoModel"]
+    if getattr(config, "is_encoder_decoder", False):
+        names = ["AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq", *names]
+    elif getattr(config, "is_decoder", False):
+        names = ["AutoModelForCausalLM", *names]
+    for name in names:
+        mapping = getattr(transformers, name)._model_mapping
+        if type(config) in mapping:
+            cls = mapping[type(config)]
+            return cls[0] if isinstance(cls, (list, tuple)) else cls
+    raise BadInput(
+        "no model class is known for this config",
+        expected="a config with 'architectures'",
+        found=type(config).__name__,
+    )
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """``torch.empty`` of a large size, with no device given, allocates nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            made = func(*args, **{**kwargs, "device": "meta"})
+            if made.numel() >= LARGE:
+                return made
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _parameters_on_meta(*, spare_empty: bool) -> Generator[None]:
+    """While open, every parameter registered on any module is replaced by one on the meta device."""
+
+    def hook(module: nn.Module, name: str, parameter: Any) -> Any:
+        if parameter is None or parameter.device.type == "meta":
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(hook)
+    try:
+        if spare_empty:
+            with _EmptyOnMeta():
+                yield
+        else:
+            yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """No warnings and no log lines from building a model; both as before afterwards."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _build(cls: type[nn.Module], config: Any, experts: str) -> tuple[nn.Module, Any]:
+    """The model with parameters on meta and buffers real, and the config it was built from."""
+    reasons: list[str] = []
+    for attention in ("sdpa", "eager"):
+        for spare_empty in (True, False):
+            attempt = copy.deepcopy(config)
+            _switch_caches_off(attempt)
+            attempt._experts_implementation = experts
+            try:
+                with (
+                    _quiet(),
+                    torch.random.fork_rng(devices=[]),
+                    _parameters_on_meta(spare_empty=spare_empty),
+                ):
+                    model: nn.Module = cls._from_config(attempt, attn_implementation=attention)  # type: ignore[attr-defined]
+            except Exception as error:
+                reasons.append(f"{attention}: {type(error).__name__}: {_first_lines(error)}")
+                continue
+            if spare_empty and any(buffer.device.type == "meta" for buffer in model.buffers()):
+                continue
+            for module in model.modules():
+                module.training = False
+            return model, attempt
+    raise TraceError(
+        f"{cls.__name__} cannot be built from this config",
+        found="; ".join(dict.fromkeys(reasons)),
+        way_out="check the config, or another version of transformers",
+    )
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).strip().splitlines()[:2])[:300]
+
+
+def _switch_caches_off(config: Any) -> None:
+    """No key-value cache in the output; nested configs included. Nothing else is changed."""
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
+    for key in getattr(config, "sub_configs", None) or {}:
+        section = getattr(config, key, None)
+        if section is not None and not isinstance(section, Mapping):
+            _switch_caches_off(section)
+
+
+def _buffers_to_meta(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Move every buffer to meta, keeping shared ones shared; return the values of those to be kept."""
+    persistent = set(model.state_dict(keep_vars=True))
+    kept: dict[str, torch.Tensor] = {}
+    pairs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for name, buffer in list(model.named_buffers(remove_duplicate=False)):
+        real, meta = pairs.setdefault(id(buffer), (buffer, buffer.to("meta")))
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, meta)
+        if name not in persistent or not real.is_floating_point():
+            kept[name] = real.detach()
+    return kept
+
+
+def checkpoint_names(hf: HFModel, names_in_checkpoint: Iterable[str]) -> dict[str, str]:
+    """Match the model's parameters with the tensors of a checkpoint, one to one.
+
+    Allowed differences: the prefix under which a model holds its base model, and a tied tensor that
+    is stored once. Buffers that the constructor computes need not be stored. Tensors of the
+    checkpoint that the model does not use are left out of the result.
+
+    Returns:
+        state-dict name of the model -> tensor name in the checkpoint. Tied names that are stored
+        once map to the same tensor.
+
+    Raises:
+        Refused: a parameter has no tensor; the checkpoint is laid out in another way (for example
+            one tensor per expert, fused when transformers loads it) or is incomplete.
+    """
+    model = hf.model
+    stored = list(dict.fromkeys(names_in_checkpoint))
+    present = set(stored)
+    prefix = getattr(model, "base_model_prefix", "") or ""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        groups.setdefault(id(tensor), []).append(name)
+    needed = {id(p) for p in model.parameters()} | {id(b) for b in model.buffers() if b.is_floating_point()}
+    result: dict[str, str] = {}
+    missing: list[str] = []
+    for identity, names in groups.items():
+        found = {name: other for name in names for other in _spellings(name, prefix) if other in present}
+        if found:
+            first = next(iter(found.values()))
+            result.update({name: found.get(name, first) for name in names})
+        elif identity in needed:
+            missing.append(names[0])
+    used: dict[str, int] = {}
+    for identity, names in groups.items():
+        for name in names:
+            if name in result and used.setdefault(result[name], identity) != identity:
+                missing.append(name)
+    if missing:
+        spare = [name for name in stored if name not in used]
+        raise Refused(
+            "the checkpoint stores its tensors in another layout than the model holds them",
+            parameter=missing[0],
+            expected=f"{len(missing)} tensors such as " + ", ".join(missing[:3]),
+            found="not matched: " + (", ".join(spare[:3]) or "nothing else in the checkpoint"),
+            way_out="tensors that transformers converts when loading (such as experts stored one by one)"
+            " are not rewritten; load the model and save its own state dict",
+        )
+    return result
+
+
+def _spellings(name: str, prefix: str) -> tuple[str, ...]:
+    """The last match wins in the caller, so the name itself comes last."""
+    if not prefix:
+        return (name,)
+    inner = name.removeprefix(prefix + ".")
+    return (f"{prefix}.{name}", inner, name) if inner != name else (f"{prefix}.{name}", name)
+
+
+def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes to the top level of ``config.json`` after which the model loads with nothing tied.
+
+    Verified by building the model again on the meta device and comparing its parameters and its
+    traced operations with the original.
+
+    Raises:
+        Refused: the model stays tied, or unties only by becoming another function.
+    """
+    from regauge.trace import trace
+
+    changes: dict[str, Any] = {"tie_word_embeddings": False}
+    for key, section in config.items():
+        if isinstance(section, Mapping) and "tie_word_embeddings" in section:
+            changes[key] = {**section, "tie_word_embeddings": False}
+    before, after = load_meta(config), load_meta({**config, **changes})
+    tied = [names for names in _shared_names(after.model) if len(names) > 1]
+    if tied:
+        raise Refused(
+            "this architecture keeps its parameters tied whatever the config says",
+            parameter=tied[0][0],
+            found="shared with " + ", ".join(tied[0][1:]),
+        )
+    operations = [
+        [
+            (str(node.target), tuple(a for a in node.args if isinstance(a, (int, float))))
+            for node in trace(hf.model, kwargs=hf.inputs).graph.nodes
+            if node.op == "call_function"
+        ]
+        for hf in (before, after)
+    ]
+    if operations[0] != operations[1]:
+        raise Refused(
+            "untying changes what this architecture computes",
+            found=f"{len(operations[0])} operations before, {len(operations[1])} after",
+        )
+    return changes
+
+
+def _shared_names(model: nn.Module) -> list[list[str]]:
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return list(groups.values())
