@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import warnings
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
@@ -198,15 +197,16 @@ def _parameters_on_meta(*, spare_empty: bool) -> Generator[None]:
 @contextmanager
 def _quiet() -> Generator[None]:
     """No warnings and no log lines from building a model; both as before afterwards."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.set_verbosity(level)
 
 
 def _build(cls: type[nn.Module], config: Any, experts: str) -> tuple[nn.Module, Any]:
@@ -270,9 +270,9 @@ def _buffers_to_meta(model: nn.Module) -> dict[str, torch.Tensor]:
 def checkpoint_names(hf: HFModel, names_in_checkpoint: Iterable[str]) -> dict[str, str]:
     """Match the model's parameters with the tensors of a checkpoint, one to one.
 
-    Allowed differences: the prefix under which a model holds its base model, and a tied tensor that
-    is stored once. Buffers that the constructor computes need not be stored. Tensors of the
-    checkpoint that the model does not use are left out of the result.
+    Names may differ as far as transformers' own loader renames them: the prefix under which a model
+    holds its base model, and older spellings. A tied tensor may be stored once. Buffers that the
+    constructor computes need not be stored. Tensors that the model does not use are left out.
 
     Returns:
         state-dict name of the model -> tensor name in the checkpoint. Tied names that are stored
@@ -284,45 +284,59 @@ def checkpoint_names(hf: HFModel, names_in_checkpoint: Iterable[str]) -> dict[st
     """
     model = hf.model
     stored = list(dict.fromkeys(names_in_checkpoint))
-    present = set(stored)
-    prefix = getattr(model, "base_model_prefix", "") or ""
     groups: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         groups.setdefault(id(tensor), []).append(name)
+    owner = {name: identity for identity, names in groups.items() for name in names}
     needed = {id(p) for p in model.parameters()} | {id(b) for b in model.buffers() if b.is_floating_point()}
+
+    found: dict[str, str] = {}
+    spare: list[str] = []
+    converted: list[str] = []
+    for tensor_name, name, changed in _loaded_as(model, stored):
+        if changed:
+            converted.append(tensor_name)
+        elif name in owner and name not in found:
+            found[name] = tensor_name
+        else:
+            spare.append(tensor_name)
     result: dict[str, str] = {}
     missing: list[str] = []
     for identity, names in groups.items():
-        found = {name: other for name in names for other in _spellings(name, prefix) if other in present}
-        if found:
-            first = next(iter(found.values()))
-            result.update({name: found.get(name, first) for name in names})
+        mine = [name for name in names if name in found]
+        if mine:
+            result.update({name: found.get(name, found[mine[0]]) for name in names})
         elif identity in needed:
             missing.append(names[0])
-    used: dict[str, int] = {}
-    for identity, names in groups.items():
-        for name in names:
-            if name in result and used.setdefault(result[name], identity) != identity:
-                missing.append(name)
-    if missing:
-        spare = [name for name in stored if name not in used]
+    if missing or converted:
         raise Refused(
             "the checkpoint stores its tensors in another layout than the model holds them",
-            parameter=missing[0],
-            expected=f"{len(missing)} tensors such as " + ", ".join(missing[:3]),
-            found="not matched: " + (", ".join(spare[:3]) or "nothing else in the checkpoint"),
-            way_out="tensors that transformers converts when loading (such as experts stored one by one)"
-            " are not rewritten; load the model and save its own state dict",
+            parameter=missing[0] if missing else converted[0],
+            expected=f"a tensor for each of {len(missing)} names such as " + ", ".join(missing[:3]),
+            found=", ".join([*converted, *spare][:3]) or "nothing else in the checkpoint",
+            way_out="tensors that transformers converts when it loads them (such as experts stored one by"
+            " one) are not rewritten: load the model and save its state_dict() as safetensors",
         )
     return result
 
 
-def _spellings(name: str, prefix: str) -> tuple[str, ...]:
-    """The last match wins in the caller, so the name itself comes last."""
-    if not prefix:
-        return (name,)
-    inner = name.removeprefix(prefix + ".")
-    return (f"{prefix}.{name}", inner, name) if inner != name else (f"{prefix}.{name}", name)
+def _loaded_as(model: nn.Module, stored: Iterable[str]) -> list[tuple[str, str, bool]]:
+    """What transformers' own loader does: (stored name, name in the model, whether values change)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    model_names = model.state_dict(keep_vars=True)
+    mapping: list[Any] = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    renamings: list[Any] = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters: list[Any] = [entry for entry in mapping if not isinstance(entry, WeightRenaming)]
+    prefix = getattr(model, "base_model_prefix", None) or None
+    result: list[tuple[str, str, bool]] = []
+    for tensor_name in stored:
+        name, pattern = rename_source_key(tensor_name, renamings, converters, prefix, model_names)
+        if name not in model_names and tensor_name in model_names:
+            name, pattern = rename_source_key(tensor_name, [], [], prefix, model_names)
+        result.append((tensor_name, name, pattern is not None and name in model_names))
+    return result
 
 
 def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
