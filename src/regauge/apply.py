@@ -1,0 +1,311 @@
+"""Apply a planned rewrite to a checkpoint, tensor by tensor and block by block.
+
+A tensor without steps is copied as bytes. A tensor whose steps only move entries stays in its stored
+dtype. Everything else is computed in float64 and rounded to the stored dtype once, at the end.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from regauge.checkpoint import Checkpoint, all_finite
+from regauge.errors import BadInput, CheckpointError, RegaugeError
+from regauge.jobs import Job, Names, plan_jobs, stored_as, tensor_copies
+from regauge.plan import Rewrite, Step
+from regauge.shards import DTYPES
+from regauge.write import StagedOutput
+
+_BLOCK_BYTES = 64 << 20
+_GATHER_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class ApplyReport:
+    """What was done.
+
+    Attributes:
+        seconds: wall time.
+        bytes_read: source bytes read.
+        bytes_written: bytes of tensors written in this run.
+        peak_block_bytes: size of the largest block held at once, in the dtype it was worked on.
+        copied: tensors copied as bytes.
+        moved: tensors whose entries were moved or flipped in the stored dtype.
+        computed: tensors computed in float64.
+        recast: tensors changed by nothing but the new dtype.
+        resumed: tensors taken over from an interrupted run.
+        rounding: tensor -> largest absolute error made by the final rounding, for computed tensors.
+        digest: contents digest of the result, see :meth:`regauge.checkpoint.Checkpoint.digest`.
+        digests: tensor of the result -> SHA-256 of its bytes.
+    """
+
+    seconds: float
+    bytes_read: int
+    bytes_written: int
+    peak_block_bytes: int
+    copied: int
+    moved: int
+    computed: int
+    recast: int
+    resumed: int
+    rounding: Mapping[str, float]
+    digest: str
+    digests: Mapping[str, str]
+
+
+def apply_rewrite(
+    source: Checkpoint,
+    rewrite: Rewrite,
+    out: StagedOutput,
+    *,
+    names: Names,
+    max_memory: int | None = None,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int], None] | None = None,
+    measure_rounding: bool = False,
+) -> ApplyReport:
+    """Write every tensor of ``rewrite`` applied to ``source`` into ``out``. Does not commit.
+
+    Args:
+        source: the checkpoint read; never written to.
+        rewrite: what to do.
+        out: made for the same source, with ``copies=tensor_copies(...)`` and the same ``dtype``.
+        names: which tensors store which parameter; others are copied.
+        max_memory: bytes that blocks may take altogether, roughly; a block gets a quarter of it
+            (default 64 MB). A tensor whose steps leave no axis to cut along is worked on whole.
+        dtype: must be ``out.dtype`` if given.
+        progress: called with the number of bytes of the result finished since the last call; they add
+            up to ``out.size_bytes``, resumed tensors included.
+        measure_rounding: fill ``ApplyReport.rounding`` (one more pass over each block).
+
+    Raises:
+        CheckpointError: NaN or infinity in a tensor to be changed, a result that the stored dtype
+            cannot hold, an integer tensor with steps, a source that changed while it was read.
+    """
+    if dtype is not None and dtype != out.dtype:
+        raise BadInput("the output was staged for another dtype", expected=str(dtype), found=str(out.dtype))
+    if out.copies != tensor_copies(source, rewrite, names):
+        raise BadInput("the output was staged for other copies", expected="copies=tensor_copies(...)")
+    begin = time.perf_counter()
+    jobs = plan_jobs(source, rewrite, names)
+    _check_repeated(source, jobs, names)
+    budget = _BLOCK_BYTES if max_memory is None else max(1 << 16, max_memory // 4)
+    count = dict.fromkeys(("copied", "moved", "computed", "recast", "resumed"), 0)
+    read = written = peak = 0
+    rounding: dict[str, float] = {}
+    for entry in out.entries.values():
+        job = jobs.get(entry.name) or Job(entry.name, entry.name, ())
+        recast = source.entry(job.origin).kind != entry.kind
+        if out.finished(entry.name):
+            count["resumed"] += 1
+            if progress is not None:
+                progress(entry.nbytes)
+            continue
+        if job.steps or recast:
+            work = _Work(source, job, DTYPES[entry.kind], budget, measure_rounding)
+            out.write(entry.name, work.blocks(), work.axis, progress)
+            peak = max(peak, work.block_bytes)
+            if measure_rounding and work.rounds:
+                rounding[entry.name] = work.error
+            count["computed" if job.arithmetic else "moved" if job.steps else "recast"] += 1
+        else:
+            out.copy(entry.name, job.origin, progress)
+            count["copied"] += 1
+        read += source.entry(job.origin).nbytes
+        written += entry.nbytes
+    source.check_unchanged()
+    seconds = time.perf_counter() - begin
+    return ApplyReport(
+        seconds,
+        read,
+        written,
+        peak,
+        **count,
+        rounding=rounding,
+        digest=out.digest(),
+        digests=dict(out.digests),
+    )
+
+
+class RewrittenView:
+    """A checkpoint as a rewrite would leave it, computed when read. Nothing is cached or rounded.
+
+    Tensors are addressed by *parameter* name; tensors that store no parameter by their own name.
+    """
+
+    def __init__(self, source: Checkpoint, rewrite: Rewrite, names: Names) -> None:
+        self.source = source
+        jobs = plan_jobs(source, rewrite, names)
+        self._jobs: dict[str, Job] = {}
+        stored: set[str] = set()
+        for parameter in names:
+            held = [tensor for tensor in stored_as(parameter, names) if tensor in source]
+            stored.update(held)
+            if held:
+                self._jobs[parameter] = jobs.get(held[0]) or Job(parameter, held[0], ())
+        for tensor in source.names:
+            if tensor not in stored:
+                self._jobs[tensor] = jobs.get(tensor) or Job(tensor, tensor, ())
+        self._jobs |= {job.parameter: job for job in jobs.values() if job.parameter in rewrite.copies}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Parameters in the order of the mapping given, then other tensors, then new parameters."""
+        return tuple(self._jobs)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._jobs
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.source.shape(self._job(name).origin)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """float64 if the rewrite changes it, else the stored dtype."""
+        job = self._job(name)
+        return torch.float64 if job.steps else self.source.dtype(job.origin)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor, in ``dtype(name)``. Raises ``CheckpointError`` if its source is not finite."""
+        job = self._job(name)
+        return self._apply(job, self.source.read(job.origin))
+
+    def read_rows(self, name: str, start: int, stop: int, axis: int = 0) -> torch.Tensor:
+        """``read(name)`` cut along ``axis``; only that part is computed where the steps allow it."""
+        job = self._job(name)
+        if axis % max(1, len(self.shape(name))) in _bound(job.steps, len(self.shape(name))):
+            return self.read(name).narrow(axis, start, stop - start)
+        return self._apply(job, self.source.read_rows(job.origin, start, stop, axis))
+
+    def _job(self, name: str) -> Job:
+        return self._jobs.get(name) or Job(name, self.source.entry(name).name, ())
+
+    def _apply(self, job: Job, block: torch.Tensor) -> torch.Tensor:
+        if not job.steps:
+            return block
+        _check_source(self.source, job, block)
+        return _run(job, block.to(torch.float64))
+
+
+class _Work:
+    """One tensor in blocks: how it is cut, and what came of it."""
+
+    def __init__(self, source: Checkpoint, job: Job, target: torch.dtype, budget: int, measure: bool) -> None:
+        stored = source.dtype(job.origin)
+        self.source, self.job, self.target, self.measure = source, job, target, measure
+        self.rounds = job.arithmetic or target != stored
+        self.working = torch.float64 if job.arithmetic else stored if stored.itemsize > 1 else torch.float32
+        shape = source.shape(job.origin)
+        total = math.prod(shape) * self.working.itemsize
+        free = [
+            axis for axis in range(len(shape)) if axis not in _bound(job.steps, len(shape)) and shape[axis]
+        ]
+        self.axis, self.rows, self.extent = 0, 1, 1
+        if shape:
+            self.extent = self.rows = shape[0]
+        if free and total > budget:
+            fitting = [axis for axis in free if total // shape[axis] <= budget]
+            self.axis = fitting[0] if fitting else max(free, key=lambda axis: shape[axis])
+            self.extent = shape[self.axis]
+            self.rows = max(1, budget // (total // self.extent))
+        self.whole = self.rows >= self.extent
+        self.block_bytes = total if self.whole else total // self.extent * self.rows
+        self.error = 0.0
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        if self.whole:
+            yield self._finish(self.source.read(self.job.origin))
+            return
+        for start in range(0, self.extent, self.rows):
+            yield self._finish(self._gather(start, min(start + self.rows, self.extent)))
+
+    def _gather(self, start: int, stop: int) -> torch.Tensor:
+        """The block ``start:stop`` along the axis, never mapping much more than it."""
+        name = self.job.origin
+        if self.axis == 0:
+            return self.source.read_rows(name, start, stop)
+        shape = list(self.source.shape(name))
+        rows = max(1, _GATHER_BYTES * shape[0] // max(1, self.source.entry(name).nbytes))
+        shape[self.axis] = stop - start
+        block = torch.empty(shape, dtype=self.source.dtype(name))
+        for row in range(0, shape[0], rows):
+            part = self.source.read_rows(name, row, min(row + rows, shape[0]))
+            block[row : row + rows] = part.narrow(self.axis, start, stop - start)
+        return block
+
+    def _finish(self, block: torch.Tensor) -> torch.Tensor:
+        _check_source(self.source, self.job, block)
+        exact = _run(self.job, block.to(self.working))
+        result = exact.to(self.target)
+        if self.rounds:
+            if not all_finite(result):
+                raise _overflow(self.job, exact, self.target)
+            if self.measure and result.numel():
+                self.error = max(self.error, (result.double() - exact.double()).abs().max().item())
+        return result
+
+
+def _run(job: Job, tensor: torch.Tensor) -> torch.Tensor:
+    for step in job.steps:
+        result = step.apply(tensor)
+        if result.shape != tensor.shape or result.dtype != tensor.dtype:
+            raise RegaugeError(
+                f"a step ({type(step).__name__}) changed the form of its tensor",
+                parameter=job.parameter,
+                expected=f"{list(tensor.shape)} {tensor.dtype}",
+                found=f"{list(result.shape)} {result.dtype}",
+            )
+        tensor = result
+    return tensor
+
+
+def _bound(steps: tuple[Step, ...], rank: int) -> set[int]:
+    return {axis % rank for step in steps for axis in step.axes} if rank else set()
+
+
+def _check_source(source: Checkpoint, job: Job, block: torch.Tensor) -> None:
+    if not block.is_floating_point() or block.dtype is torch.float8_e8m0fnu:
+        raise CheckpointError(
+            "a tensor to be rewritten does not hold floating-point weights",
+            parameter=job.origin,
+            expected="float64, float32, float16, bfloat16 or an 8-bit float",
+            found=str(block.dtype),
+            way_out="dequantise the checkpoint first",
+        )
+    if not all_finite(block):
+        source.check_finite(job.origin)
+
+
+def _check_repeated(source: Checkpoint, jobs: Mapping[str, Job], names: Names) -> None:
+    for parameter in dict.fromkeys(job.parameter for job in jobs.values()):
+        stored = stored_as(parameter, names) if parameter in names else ()
+        group = [tensor for tensor in stored if tensor in source]
+        for other in group[1:]:
+            if source.tensor_digest(other) != source.tensor_digest(group[0]):
+                raise CheckpointError(
+                    "one parameter is stored twice, with different values",
+                    parameter=parameter,
+                    expected=f"{other} equal to {group[0]}",
+                    found="other bytes",
+                    way_out="load the model and save it again, so that its tie is kept",
+                )
+
+
+def _overflow(job: Job, exact: torch.Tensor, target: torch.dtype) -> RegaugeError:
+    name = str(target).removeprefix("torch.")
+    if not all_finite(exact):
+        return CheckpointError(
+            "the rewritten values are not finite even in float64",
+            parameter=job.origin,
+            way_out="use a better conditioned element, or leave this parameter out",
+        )
+    return CheckpointError(
+        f"a rewritten value overflows {name}",
+        parameter=job.origin,
+        expected=f"magnitudes up to {torch.finfo(target).max:g}",
+        found=f"{exact.abs().max().item():g}",
+        way_out="--dtype float32 or --dtype bfloat16",
+    )

@@ -1,0 +1,81 @@
+"""From a rewrite of parameters to jobs on the tensors of a checkpoint: which tensor comes from which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from regauge.checkpoint import Checkpoint
+from regauge.errors import CheckpointError, RegaugeError
+from regauge.plan import Rewrite, Step
+
+Names = Mapping[str, str | tuple[str, ...]]
+"""Parameter name -> tensor that stores it, or all tensors that do, if one parameter is stored repeatedly."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What becomes one tensor of the result: ``steps`` applied to the source tensor ``origin``."""
+
+    parameter: str
+    origin: str
+    steps: tuple[Step, ...]
+
+    @property
+    def arithmetic(self) -> bool:
+        return any(step.arithmetic for step in self.steps)
+
+
+def tensor_copies(source: Checkpoint, rewrite: Rewrite, names: Names) -> dict[str, str]:
+    """``rewrite.copies`` in tensor names: new tensor -> source tensor; for ``StagedOutput(copies=...)``."""
+    copies: dict[str, str] = {}
+    for new, old in rewrite.copies.items():
+        copies[stored_as(new, names)[0] if new in names else new] = _tensors(source, old, names)[0]
+    return copies
+
+
+def plan_jobs(source: Checkpoint, rewrite: Rewrite, names: Names) -> dict[str, Job]:
+    """Tensor of the result -> job, for every tensor that is not simply copied.
+
+    Raises:
+        CheckpointError: the rewrite changes a parameter that the checkpoint does not hold.
+        RegaugeError: two parameters with steps are the same tensor.
+    """
+    jobs: dict[str, Job] = {}
+    for (target, origin), new in zip(
+        tensor_copies(source, rewrite, names).items(), rewrite.copies, strict=True
+    ):
+        jobs[target] = Job(new, origin, tuple(rewrite.steps.get(new, ())))
+    untied = set(jobs)
+    for parameter, steps in rewrite.steps.items():
+        if parameter in rewrite.copies or not steps:
+            continue
+        for tensor in _tensors(source, parameter, names):
+            if tensor in untied:
+                continue
+            if tensor in jobs:
+                raise RegaugeError(
+                    "two parameters of the rewrite are one tensor of the checkpoint",
+                    parameter=parameter,
+                    expected="every tensor changed once",
+                    found=f"{tensor} is also {jobs[tensor].parameter}",
+                )
+            jobs[tensor] = Job(parameter, tensor, tuple(steps))
+    return jobs
+
+
+def stored_as(parameter: str, names: Names) -> tuple[str, ...]:
+    """The tensors that store a parameter."""
+    value = names[parameter]
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _tensors(source: Checkpoint, parameter: str, names: Names) -> tuple[str, ...]:
+    if parameter not in names:
+        raise CheckpointError(
+            "the rewrite needs a parameter that no tensor of the checkpoint stores",
+            parameter=parameter,
+            found=f"{len(source.names)} tensors in {source.path}",
+            way_out="load the checkpoint with the model it was saved from",
+        )
+    return tuple(source.entry(tensor).name for tensor in stored_as(parameter, names))
