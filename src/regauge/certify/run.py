@@ -1,0 +1,258 @@
+"""Run a traced graph node by node on the CPU, in true float64 or as it was traced.
+
+Many models cast to float32 inside norms, rotary tables or softmax, so that even a ``.double()`` model is
+only float32-accurate. Here every floating-point cast and creation in the graph is lifted to float64;
+integers and booleans stay. What the graph is given (buffers such as rotary frequencies, constants such
+as the smallest float32 used as a mask) is taken as it is.
+
+Weights are asked for by name when an operation first needs them and dropped after the last; a large one
+is cast block by block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from regauge.certify.lazy import BLOCK, LazyWeight, Weights, apply_lazily
+from regauge.errors import BadInput, TraceError
+from regauge.trace import Trace, module_path
+
+
+def run(
+    trace: Trace,
+    weights: Weights | Callable[[str], torch.Tensor],
+    buffers: Mapping[str, torch.Tensor],
+    inputs: Mapping[str, Any],
+    *,
+    dtype: torch.dtype | Literal["stored"] = torch.float64,
+    block: int = BLOCK,
+) -> tuple[torch.Tensor, ...]:
+    """The outputs of the traced function for these weights and inputs.
+
+    Args:
+        trace: the traced model.
+        weights: canonical state-dict name -> tensor of the traced shape, any floating dtype, on the
+            CPU; it is not changed. If it has a method ``rows(name, index)``, large weights are asked
+            for by rows (of axis 0) only.
+        buffers: buffer name -> tensor.
+        inputs: example inputs by name, with the shapes that were traced.
+        dtype: ``torch.float64`` lifts every floating-point value; ``"stored"`` runs the graph as it was
+            traced, each weight cast to the dtype in which the traced module held it.
+        block: elements of a weight above which it is not cast as a whole.
+
+    Returns:
+        One tensor per output of the trace, in float64 or in the traced dtype.
+
+    Raises:
+        BadInput: an input, buffer or weight is missing or has another shape than was traced.
+        TraceError: an operation of the graph cannot be run or cannot be lifted.
+    """
+    if dtype == "stored":
+        runner = _Runner(trace, weights, buffers, inputs, None, block)
+        with torch.no_grad():
+            return runner.run()
+    if dtype is not torch.float64:
+        raise BadInput("a graph runs in float64 or as stored", found=str(dtype))
+    runner = _Runner(trace, weights, buffers, inputs, torch.float64, block)
+    with torch.no_grad(), _default_dtype(torch.float64):
+        return runner.run()
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Generator[None]:
+    """The dtype of what Python numbers and integer divisions become; as before afterwards."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@dataclass
+class _Runner:
+    trace: Trace
+    weights: Any
+    buffers: Mapping[str, torch.Tensor]
+    inputs: Mapping[str, Any]
+    lift: torch.dtype | None
+    block: int
+
+    def run(self) -> tuple[torch.Tensor, ...]:
+        inputs = self._bind_inputs()
+        last = _last_uses(self.trace)
+        values: dict[fx.Node, Any] = {}
+        for node in self.trace.graph.nodes:
+            if node.op == "output":
+                break
+            if not _skipped(node):
+                if node.op == "placeholder":
+                    if node.users:
+                        values[node] = self._placeholder(node, inputs)
+                elif node.op == "call_function":
+                    values[node] = self._call(node, values)
+                else:
+                    raise TraceError("the graph is not flat", node=node.name, found=node.op)
+            for dead in last.get(node, ()):
+                values.pop(dead, None)
+        return tuple(self._whole(values[node]).detach() for node in self.trace.outputs)
+
+    # -- what the graph is given -------------------------------------------------------------------
+
+    def _bind_inputs(self) -> dict[str, Any]:
+        names = self.trace.inputs
+        if set(names) <= set(self.inputs):
+            return {name: self.inputs[name] for name in names}
+        leaves = tree_leaves(dict(self.inputs))
+        if len(leaves) != len(names):
+            raise BadInput(
+                "these are not the inputs that were traced",
+                expected=", ".join(names),
+                found=", ".join(self.inputs) or "none",
+            )
+        return dict(zip(names, leaves, strict=True))
+
+    def _placeholder(self, node: fx.Node, inputs: Mapping[str, Any]) -> Any:
+        name = node.name
+        if name in self.trace.parameters:
+            return self._weight(self.trace.parameters[name])
+        if name in self.trace.buffers:
+            buffer = self.trace.buffers[name]
+            if buffer not in self.buffers:
+                raise BadInput("the value of a buffer is needed", parameter=buffer, node=name)
+            return self._given(self.buffers[buffer], node)
+        if name in self.trace.constants:
+            return self._given(self.trace.constants[name], node)
+        if name in inputs:
+            return self._given(inputs[name], node)
+        raise TraceError("the graph has a placeholder of unknown sort", node=name)
+
+    def _given(self, value: Any, node: fx.Node) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if value.device.type == "meta":
+            raise BadInput(
+                "a tensor without values was given", node=node.name, expected="a tensor on the CPU"
+            )
+        expected = node.meta.get("val")
+        if isinstance(expected, torch.Tensor) and tuple(expected.shape) != tuple(value.shape):
+            raise BadInput(
+                f"'{node.name}' has another shape than was traced",
+                expected=str(tuple(expected.shape)),
+                found=str(tuple(value.shape)),
+            )
+        if self.lift is not None:
+            return _lifted(value.detach().cpu())
+        return value.detach().cpu()
+
+    def _weight(self, name: str) -> Any:
+        held = self.lift or self.trace.dtypes[name]
+        weight = LazyWeight(name, self.trace.shapes[name], self.weights, held)
+        return weight if weight.numel > self.block else weight.whole()
+
+    # -- operations --------------------------------------------------------------------------------
+
+    def _call(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        target: Any = node.target
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+        name = str(target)
+        if name in _DROPOUT:
+            return args[0]
+        if self.lift is not None and name == "aten.view.dtype":
+            raise TraceError("a bit pattern cannot be lifted to float64", node=node.name, found=name)
+        try:
+            if any(isinstance(leaf, LazyWeight) for leaf in tree_leaves((args, kwargs))):
+                done, result = apply_lazily(name, args, kwargs, self.block, exact=self.lift is not None)
+                if done:
+                    return result
+                args, kwargs = tree_map(self._whole, (args, kwargs))
+            result = self._plain(target, name, *self._placed(args, kwargs))
+        except (BadInput, TraceError):
+            raise
+        except Exception as error:
+            raise TraceError(
+                "an operation of the traced graph cannot be run",
+                node=f"{node.name} ({name}) in {module_path(node) or 'the model'}",
+                found=f"{type(error).__name__}: {str(error)[:300]}",
+            ) from error
+        if self.lift is not None:
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, torch.Tensor) and leaf.dtype != _lifted_dtype(leaf.dtype):
+                    raise TraceError(
+                        "an operation cannot be lifted to float64",
+                        node=f"{node.name} ({name})",
+                        found=str(leaf.dtype),
+                    )
+        return result
+
+    def _placed(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Devices become the CPU and, when lifting, floating dtypes become float64."""
+
+        def change(value: Any) -> Any:
+            if isinstance(value, torch.device):
+                return torch.device("cpu")
+            if isinstance(value, torch.dtype) and self.lift is not None:
+                return _lifted_dtype(value)
+            return value
+
+        return tree_map(change, args), tree_map(change, kwargs)
+
+    @staticmethod
+    def _plain(target: Any, name: str, args: Any, kwargs: Any) -> Any:
+        if name == "aten.histc.default" and not args[0].is_floating_point():
+            # Counting integers is exact in float64, and the CPU has no integer version.
+            return target(args[0].double(), *args[1:], **kwargs).to(args[0].dtype)
+        return target(*args, **kwargs)
+
+    @staticmethod
+    def _whole(value: Any) -> Any:
+        return value.whole() if isinstance(value, LazyWeight) else value
+
+
+_DROPOUT = frozenset(
+    {
+        "aten.dropout.default",
+        "aten.feature_dropout.default",
+        "aten.alpha_dropout.default",
+        "aten.dropout_.default",
+    }
+)
+
+
+def _skipped(node: fx.Node) -> bool:
+    """Assertions about metadata and switches of autograd: no value depends on them."""
+    name = str(node.target)
+    return node.op == "call_function" and (
+        name.startswith(("aten._assert", "aten.sym_constrain_range"))
+        or node.target is torch._C._set_grad_enabled
+    )
+
+
+def _lifted_dtype(dtype: torch.dtype) -> torch.dtype:
+    if dtype.is_complex:
+        return torch.complex128
+    return torch.float64 if dtype.is_floating_point else dtype
+
+
+def _lifted(value: Any) -> Any:
+    return tree_map_only(torch.Tensor, lambda t: t.to(_lifted_dtype(t.dtype)), value)
+
+
+def _last_uses(trace: Trace) -> dict[fx.Node, list[fx.Node]]:
+    """Node -> the nodes whose values nobody needs once it has been run."""
+    kept = set(trace.outputs)
+    seen: set[fx.Node] = set()
+    result: dict[fx.Node, list[fx.Node]] = {}
+    for node in reversed(trace.graph.nodes):
+        for value in (node, *node.all_input_nodes):
+            if node.op != "output" and value not in seen and value not in kept:
+                seen.add(value)
+                result.setdefault(node, []).append(value)
+    return result
