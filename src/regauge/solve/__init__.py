@@ -1,0 +1,1 @@
+"""Solvers: from facts to generators, one file for each family of groups."""
