@@ -40,7 +40,7 @@ class ApplyReport:
         resumed: tensors taken over from an interrupted run.
         rounding: tensor -> largest absolute error made by the final rounding, for computed tensors.
         digest: contents digest of the result, see :meth:`regauge.checkpoint.Checkpoint.digest`.
-        digests: tensor of the result -> SHA-256 of its bytes.
+        digests: tensor of the result -> hash of its bytes.
     """
 
     seconds: float
@@ -95,6 +95,7 @@ def apply_rewrite(
     _check_repeated(source, jobs, names)
     budget = _BLOCK_BYTES if max_memory is None else max(1 << 16, max_memory // 4)
     count = dict.fromkeys(("copied", "moved", "computed", "recast", "resumed"), 0)
+    origins: dict[str, str] = {}
     read = written = peak = 0
     rounding: dict[str, float] = {}
     for entry in out.entries.values():
@@ -113,10 +114,11 @@ def apply_rewrite(
                 rounding[entry.name] = work.error
             count["computed" if job.arithmetic else "moved" if job.steps else "recast"] += 1
         else:
-            out.copy(entry.name, job.origin, progress)
-            count["copied"] += 1
+            origins[entry.name] = job.origin
         read += source.entry(job.origin).nbytes
         written += entry.nbytes
+    out.copy(origins, progress)
+    count["copied"] = len(origins)
     source.check_unchanged()
     seconds = time.perf_counter() - begin
     return ApplyReport(

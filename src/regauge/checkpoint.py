@@ -8,7 +8,6 @@ read. Requires a POSIX system with little-endian byte order.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import mmap
 import os
@@ -16,9 +15,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from pathlib import Path
+from threading import Lock
 
 import torch
 
+from regauge.digest import PIECE, contents_digest, join_pieces
 from regauge.errors import CheckpointError
 from regauge.shards import (
     DTYPES,
@@ -34,6 +35,8 @@ from regauge.shards import (
     unreadable,
     weight_files,
 )
+
+_CHUNK = 1 << 20
 
 
 class Checkpoint:
@@ -62,6 +65,7 @@ class Checkpoint:
         self.skipped = tuple(skipped)
         self._entries: dict[str, Entry] = {}
         self._files: dict[str, int] = {}
+        self._lock = Lock()
         for entry in (entry for shard in self.shards for entry in shard.entries):
             other = self._entries.setdefault(entry.name, entry)
             if other is not entry:
@@ -234,28 +238,36 @@ class Checkpoint:
             )
 
     def tensor_digest(self, name: str) -> str:
-        """SHA-256 (hex) of the tensor's bytes."""
-        digest, nbytes = hashlib.sha256(), self.entry(name).nbytes
-        buffer = memoryview(bytearray(min(nbytes, 1 << 22)))
-        for offset in range(0, nbytes, max(1, len(buffer))):
-            part = buffer[: min(len(buffer), nbytes - offset)]
+        """Hash (hex) of the tensor's bytes, see :mod:`regauge.digest`."""
+        return join_pieces(
+            self.piece_digest(name, start) for start in range(0, self.entry(name).nbytes, PIECE)
+        )
+
+    def piece_digest(self, name: str, start: int) -> bytes:
+        """SHA-256 of the (up to) 8 MiB of the tensor from byte ``start`` on."""
+        digest, stop = hashlib.sha256(), min(start + PIECE, self.entry(name).nbytes)
+        buffer = memoryview(bytearray(min(_CHUNK, stop - start)))
+        for offset in range(start, stop, _CHUNK):
+            part = buffer[: stop - offset]
             self.read_into(name, offset, part)
             digest.update(part)
-        return digest.hexdigest()
+        return digest.digest()
 
     def digest(self, known: Mapping[str, str] | None = None) -> str:
-        """SHA-256 (hex) of the *contents*: names, dtypes, shapes and bytes of all tensors.
+        """Hash (hex) of the *contents*: names, dtypes, shapes and bytes of all tensors.
 
-        It does not depend on how tensors are spread over shards, nor on file metadata; see
-        :func:`contents_digest` for the exact text hashed. About 1.8 GB/s per core, two at a time.
+        It does not depend on how tensors are spread over shards, nor on file metadata; the scheme is in
+        :mod:`regauge.digest`. About 1.8 GB/s on each of two cores.
 
         Args:
-            known: SHA-256 of tensors already hashed, e.g. while they were copied.
+            known: tensors already hashed, e.g. while they were copied.
         """
         known = known or {}
-        rest = [name for name in self._entries if name not in known]
+        rest = {name: range(0, e.nbytes, PIECE) for name, e in self._entries.items() if name not in known}
         with ThreadPoolExecutor(2) as pool:
-            hashed = dict(zip(rest, pool.map(self.tensor_digest, rest), strict=True))
+            names = [name for name, starts in rest.items() for _ in starts]
+            pieces = pool.map(self.piece_digest, names, [at for starts in rest.values() for at in starts])
+            hashed = {name: join_pieces(next(pieces) for _ in starts) for name, starts in rest.items()}
         return contents_digest(self._entries.values(), {**known, **hashed})
 
     def stamp(self) -> str:
@@ -282,12 +294,13 @@ class Checkpoint:
             )
 
     def _file(self, file: str) -> int:
-        if file not in self._files:
-            try:
-                self._files[file] = os.open(self.path / file, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise unreadable(self.path / file, error) from error
-        return self._files[file]
+        with self._lock:
+            if file not in self._files:
+                try:
+                    self._files[file] = os.open(self.path / file, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise unreadable(self.path / file, error) from error
+            return self._files[file]
 
     def _map(self, entry: Entry, offset: int, nbytes: int) -> memoryview:
         if nbytes == 0:
@@ -311,15 +324,6 @@ class Checkpoint:
         if (entry.start + offset) % dtype.itemsize:
             data = bytearray(data)
         return torch.frombuffer(data, dtype=dtype).reshape(shape)
-
-
-def contents_digest(entries: Iterable[Entry], digests: Mapping[str, str]) -> str:
-    """SHA-256 of one line of JSON per tensor, sorted by name: ``[name, kind, shape, sha256 of bytes]``."""
-    digest = hashlib.sha256()
-    for entry in sorted(entries, key=lambda entry: entry.name):
-        line = [entry.name, entry.kind, list(entry.shape), digests[entry.name]]
-        digest.update(json.dumps(line, separators=(",", ":")).encode() + b"\n")
-    return digest.hexdigest()
 
 
 def all_finite(tensor: torch.Tensor) -> bool:

@@ -20,7 +20,7 @@ class Journal:
     """An append-only file, locked while open.
 
     Attributes:
-        claims: finished tensor -> SHA-256 of its bytes, as an earlier run with the same head wrote it.
+        claims: finished tensor -> hash of its bytes, as an earlier run with the same head wrote it.
         fresh: True if there was nothing to go on from.
     """
 
@@ -50,8 +50,8 @@ class Journal:
             item = _parse(line)
             if number == 0 and item == head:
                 good += len(line)
-            elif number > 0 and set(item) == {"tensor", "sha256"}:
-                self.claims[item["tensor"]] = item["sha256"]
+            elif number > 0 and set(item) == {"tensor", "hash"}:
+                self.claims[item["tensor"]] = item["hash"]
                 good += len(line)
             else:
                 break
@@ -61,8 +61,8 @@ class Journal:
             self._append(head)
 
     def finish(self, name: str, digest: str) -> None:
-        """Note that the tensor's bytes have been written, and their SHA-256."""
-        self._append({"tensor": name, "sha256": digest})
+        """Note that the tensor's bytes have been written, and their hash."""
+        self._append({"tensor": name, "hash": digest})
 
     def close(self) -> None:
         """Give up the lock; the file stays."""

@@ -16,20 +16,22 @@ import os
 import shutil
 from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from regauge.checkpoint import Checkpoint, contents_digest
+from regauge.checkpoint import Checkpoint
+from regauge.copying import copy_tensors, put
+from regauge.digest import TensorHash, contents_digest
 from regauge.errors import BadInput, CheckpointError
 from regauge.journal import Journal
 from regauge.layout import CONFIG, Target, config_text, index_text, plan_layout
 from regauge.shards import DTYPES, Entry
 
 MANIFEST = "regauge.json"
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -43,7 +45,7 @@ class StagedOutput:
         directory: the staged files; ``Checkpoint.open`` can read it once all tensors are written.
         entries: tensor name -> where it lies in the staged files.
         copies: new tensor name -> source tensor it is made from.
-        digests: finished tensor -> SHA-256 of its bytes.
+        digests: finished tensor -> hash of its bytes, see :mod:`regauge.digest`.
         resumed: tensors taken over from an earlier run.
     """
 
@@ -87,7 +89,7 @@ class StagedOutput:
         self.entries: dict[str, Entry] = {e.name: e for target in self.targets for e in target.entries}
         self.staging = self.out.parent / f".{self.out.name}.regauge-partial"
         self.directory = self.staging / "files"
-        self._pool = ThreadPoolExecutor(1)
+        self._pool = ThreadPoolExecutor(2)
         fresh = not self.staging.exists()
         try:
             with self._disk():
@@ -125,29 +127,16 @@ class StagedOutput:
     def finished(self, name: str) -> bool:
         return name in self.digests
 
-    def copy(self, name: str, origin: str, progress: Callable[[int], None] | None = None) -> None:
-        """Copy the bytes of the source tensor ``origin``. ``progress`` gets bytes done since last time."""
-        entry, digest = self.entries[name], hashlib.sha256()
-        if self.source.entry(origin).nbytes != entry.nbytes:
-            raise ValueError(f"{origin} cannot be copied to {name} as bytes")
-        size = min(entry.nbytes, _CHUNK)
-        buffers = [memoryview(bytearray(size)), memoryview(bytearray(size))]
-        busy: list[Future[None] | None] = [None, None]
+    def copy(self, origins: Mapping[str, str], progress: Callable[[int], None] | None = None) -> None:
+        """Copy tensors as bytes, two at a time.
+
+        Args:
+            origins: tensor of the result -> source tensor of the same dtype and shape.
+            progress: called here, in the calling thread, with bytes done since the last call.
+        """
+        places = {name: (origin, self.entries[name], self._file(name)) for name, origin in origins.items()}
         with self._disk():
-            for turn, offset in enumerate(range(0, entry.nbytes, max(size, 1))):
-                wait = busy[turn % 2]
-                if wait is not None:
-                    wait.result()
-                part = buffers[turn % 2][: min(size, entry.nbytes - offset)]
-                self.source.read_into(origin, offset, part)
-                busy[turn % 2] = self._pool.submit(digest.update, part)
-                _put(self._file(entry), part, entry.start + offset)
-                if progress is not None:
-                    progress(len(part))
-            for wait in busy:
-                if wait is not None:
-                    wait.result()
-            self._finish(name, digest.hexdigest())
+            copy_tensors(self._pool, self.source, places, self._finish, progress)
 
     def write(
         self,
@@ -161,8 +150,8 @@ class StagedOutput:
         shape = entry.shape or (1,)
         outer, itemsize = math.prod(shape[:axis]), DTYPES[entry.kind].itemsize
         inner = itemsize * math.prod(shape[axis + 1 :])
-        digest, position = hashlib.sha256(), 0
-        wait: Future[None] | None = None
+        digest, position = TensorHash(), 0
+        hashing: Future[None] | None = None
         with self._disk():
             for block in blocks:
                 count = block.shape[axis] if entry.shape else 1
@@ -172,20 +161,20 @@ class StagedOutput:
                         f"{name}: a block {tuple(block.shape)} {block.dtype} does not fit {entry}"
                     )
                 data, run = _bytes(block), count * inner
-                if wait is not None:
-                    wait.result()
+                if hashing is not None:
+                    hashing.result()
                 if outer == 1:
-                    wait = self._pool.submit(digest.update, data)
+                    hashing = self._pool.submit(digest.update, data)
                 for row in range(outer if run else 0):
                     at = entry.start + (row * shape[axis] + position) * inner
-                    _put(self._file(entry), data[row * run : (row + 1) * run], at)
+                    put(self._file(name), data[row * run : (row + 1) * run], at)
                 position += count
                 if progress is not None:
                     progress(len(data))
             if position != shape[axis]:
                 raise ValueError(f"{name}: {position} of {shape[axis]} along axis {axis} written")
-            if wait is not None:
-                wait.result()
+            if hashing is not None:
+                hashing.result()
             self._finish(name, digest.hexdigest() if outer == 1 else self._hash(name))
 
     def commit(self, manifest: Mapping[str, Any]) -> None:
@@ -211,7 +200,8 @@ class StagedOutput:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise _taken(self.out) from error
                 raise
-            _sync(self.out.parent)
+            with suppress(OSError):  # it is there, whole; only the directory's entry may not be durable yet
+                _sync(self.out.parent)
         self.discard()
 
     def discard(self) -> None:
@@ -294,7 +284,7 @@ class StagedOutput:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                     raise
                 os.ftruncate(file, target.size)
-        _put(file, memoryview(target.header), 0)
+        put(file, memoryview(target.header), 0)
 
     def _take_over(self, claims: Mapping[str, str]) -> None:
         for name, value in claims.items():
@@ -302,14 +292,14 @@ class StagedOutput:
                 self.digests[name] = value
                 self.resumed.add(name)
 
-    def _file(self, entry: Entry) -> int:
-        return self._files[entry.file]
+    def _file(self, name: str) -> int:
+        return self._files[self.entries[name].file]
 
     def _hash(self, name: str) -> str:
-        entry, digest = self.entries[name], hashlib.sha256()
+        entry, digest = self.entries[name], TensorHash()
         for offset in range(0, entry.nbytes, _CHUNK):
             digest.update(
-                os.pread(self._file(entry), min(_CHUNK, entry.nbytes - offset), entry.start + offset)
+                os.pread(self._file(name), min(_CHUNK, entry.nbytes - offset), entry.start + offset)
             )
         return digest.hexdigest()
 
@@ -322,12 +312,6 @@ class StagedOutput:
 def _bytes(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
-
-
-def _put(file: int, data: memoryview, at: int) -> None:
-    while len(data):
-        done = os.pwrite(file, data, at)
-        data, at = data[done:], at + done
 
 
 def _sync(path: Path) -> None:
