@@ -22,6 +22,7 @@ __all__ = [
     "Product",
     "RandomHadamard",
     "Style",
+    "carry",
     "compose",
     "identity",
     "is_subgroup",
@@ -128,7 +129,19 @@ def random_hadamard(signs: torch.Tensor, *, fixing_ones: bool = False) -> Elemen
     rotation = RandomHadamard(signs)
     unit = torch.full((rotation.count, rotation.n, 1), rotation.n**-0.5, dtype=torch.float64)
     image = rotation.forward(unit)
-    return Product((_carry(image, unit), rotation), Kind.ORTHOGONAL_ONES) if fixing_ones else rotation
+    return Product((carry(image, unit), rotation), Kind.ORTHOGONAL_ONES) if fixing_ones else rotation
+
+
+def carry(source: torch.Tensor, target: torch.Tensor) -> Householder:
+    """Reflections that carry unit columns to unit columns, float64 [K, n, 1] each, without cancellation.
+
+    If they are opposed, the reflection along ``source - target``. Otherwise that along
+    ``source + target``, which gives ``-target``, followed by the one along ``target``.
+    """
+    opposed = (source * target).sum(dim=1, keepdim=True) < 0
+    first = torch.where(opposed, source - target, source + target)
+    second = torch.where(opposed, torch.zeros_like(target), target)
+    return Householder(torch.cat([second, first], dim=2).mT.contiguous())
 
 
 def residual(element: Element, kind: Kind | None = None) -> float:
@@ -217,18 +230,6 @@ def _signs(n: int, count: int, generator: torch.Generator) -> torch.Tensor:
     return 1.0 - 2.0 * torch.randint(2, (count, n), generator=generator).double()
 
 
-def _carry(source: torch.Tensor, target: torch.Tensor) -> Householder:
-    """Reflections that carry unit columns to unit columns, [K, n, 1] each, without cancellation.
-
-    If they are opposed, the reflection along ``source - target``. Otherwise that along
-    ``source + target``, which gives ``-target``, followed by the one along ``target``.
-    """
-    opposed = (source * target).sum(dim=1, keepdim=True) < 0
-    first = torch.where(opposed, source - target, source + target)
-    second = torch.where(opposed, torch.zeros_like(target), target)
-    return Householder(torch.cat([second, first], dim=2).mT.contiguous())
-
-
 def _orthogonal(
     n: int, count: int, generator: torch.Generator, style: Style, *, fixing_ones: bool
 ) -> Element:
@@ -242,10 +243,10 @@ def _orthogonal(
         return Matrix(_haar(n, count, generator), kind)
     basis = torch.zeros(count, n, 1, dtype=torch.float64)
     basis[:, 0] = 1.0
-    carry = _carry(basis, torch.full_like(basis, n**-0.5))
+    turn = carry(basis, torch.full_like(basis, n**-0.5))
     block = torch.eye(n, dtype=torch.float64).repeat(count, 1, 1)
     block[:, 1:, 1:] = _haar(n - 1, count, generator)
-    return Matrix(carry.forward(carry.forward(block).mT).mT.contiguous(), kind)
+    return Matrix(turn.forward(turn.forward(block).mT).mT.contiguous(), kind)
 
 
 def _haar(n: int, count: int, generator: torch.Generator) -> torch.Tensor:

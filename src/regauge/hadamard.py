@@ -36,7 +36,7 @@ def hadamard(n: int) -> torch.Tensor:
         Refused: no construction known here gives this order; the way out names the nearest that do.
     """
     core, power = factor(n)
-    return torch.from_numpy(np.kron(_core(core), _sylvester(power)))
+    return torch.from_numpy(_kron(_core(core), _sylvester(power)))
 
 
 def hadamard_exists(n: int) -> bool:
@@ -141,17 +141,21 @@ def _core(n: int) -> Signs:
     assert recipe is not None  # factor() chose n
     kind, order = recipe
     if kind == "kronecker":
-        matrix = np.kron(hadamard(order).numpy(), hadamard(n // order).numpy())
+        matrix = _kron(hadamard(order).numpy(), hadamard(n // order).numpy())
     else:
         matrix = {"paley-1": _paley_one, "paley-2": _paley_two, "williamson": _williamson}[kind](order)
     matrix.setflags(write=False)
     return matrix
 
 
+def _kron(left: Signs, right: Signs) -> Signs:
+    return np.kron(left, right).astype(np.int8, copy=False)
+
+
 def _sylvester(n: int) -> Signs:
     matrix = np.ones((1, 1), dtype=np.int8)
     while len(matrix) < n:
-        matrix = np.kron(np.array([[1, 1], [1, -1]], dtype=np.int8), matrix)
+        matrix = _kron(np.array([[1, 1], [1, -1]], dtype=np.int8), matrix)
     return matrix
 
 
@@ -171,7 +175,7 @@ def _paley_two(q: int) -> Signs:
     conference[1:, 1:] = _jacobsthal(q)
     first = np.array([[1, 1], [1, -1]], dtype=np.int8)
     second = np.array([[1, -1], [-1, -1]], dtype=np.int8)
-    return np.kron(conference, first) + np.kron(np.eye(q + 1, dtype=np.int8), second)
+    return _kron(conference, first) + _kron(np.eye(q + 1, dtype=np.int8), second)
 
 
 def _williamson(w: int) -> Signs:
