@@ -63,6 +63,7 @@ def load_meta(
     batch: int = 3,
     length: int = 7,
     experts: str = "batched_mm",
+    dtype: torch.dtype | None = None,
 ) -> HFModel:
     """Build a model on the meta device from a directory, a config as plain data, or a config object.
 
@@ -72,12 +73,16 @@ def load_meta(
             of sizes out of views.
         experts: implementation of expert layers where the model offers a choice; ``batched_mm`` and
             ``grouped_mm`` can be traced, the latter needs less memory to run.
+        dtype: dtype of the parameters if the config does not state one (transformers then takes the
+            one of the checkpoint); default float32.
 
     Raises:
         BadInput: no config, a damaged one, an unknown model type, or quantised weights.
         TraceError: the class cannot be built, or an example input cannot be made.
     """
     config = _config(source)
+    if config.dtype is None:
+        config.dtype = dtype
     cls = _model_class(config)
     model, config = _build(cls, config, experts)
     with torch.no_grad():
@@ -213,10 +218,10 @@ def _build(cls: type[nn.Module], config: Any, experts: str) -> tuple[nn.Module, 
     """The model with parameters on meta and buffers real, and the config it was built from."""
     reasons: list[str] = []
     for attention in ("sdpa", "eager"):
-        for spare_empty in (True, False):
+        for choice, spare_empty in ((experts, True), (experts, False), (None, True), (None, False)):
             attempt = copy.deepcopy(config)
             _switch_caches_off(attempt)
-            attempt._experts_implementation = experts
+            attempt._experts_implementation = choice
             try:
                 with (
                     _quiet(),

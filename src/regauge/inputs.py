@@ -40,7 +40,7 @@ def example_inputs(
         seed: the values depend on it and on nothing else.
 
     Returns:
-        name -> tensor: int64 ids ``(batch, length)``, float32 features shaped for the model.
+        name -> tensor: int64 ids ``(batch, length)``, features in the model's dtype.
 
     Raises:
         TraceError: an input the model requires is of an unknown sort, or its size is not in the config.
@@ -130,9 +130,10 @@ class _Builder:
         raise self._missing(name, "the config has none of: " + ", ".join(fields))
 
     def _normal(self, *shape: int) -> torch.Tensor:
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
         if self.device.type == "meta":
-            return torch.empty(shape, device="meta")
-        return torch.randn(shape, generator=self.generator).to(self.device)
+            return torch.empty(shape, dtype=dtype, device="meta")
+        return torch.randn(shape, generator=self.generator).to(self.device, dtype)
 
     def _random_ids(self, rows: int, columns: int, vocabulary: int) -> torch.Tensor:
         if self.device.type == "meta":

@@ -191,21 +191,27 @@ def _product(x: torch.Tensor, weight: LazyWeight, block: int, exact: bool) -> to
     return total
 
 
+def grouped(
+    x: torch.Tensor, ends: torch.Tensor, width: int, weight: Callable[[int], torch.Tensor]
+) -> torch.Tensor:
+    """Rows of ``x`` from ``ends[g - 1]`` to ``ends[g]`` times ``weight(g)``; rows after the last are zero."""
+    out, start = x.new_zeros((x.shape[0], width)), 0
+    for group, stop in enumerate(ends.tolist()):
+        if stop > start:
+            out[start:stop] = x[start:stop] @ weight(group)
+            start = stop
+    return out
+
+
 def _grouped(args: Any, kwargs: Any, block: int, exact: bool) -> Any:
-    """Rows of ``x`` up to ``ends[g]`` are multiplied by ``weight[g]``."""
     if kwargs or len(args) != 3 or isinstance(args[0], LazyWeight):
         return None
     x, weight, ends = args
     if len(weight.stored) != 3 or weight.order[0] != 0:
         return None
     inner = tuple(axis - 1 for axis in weight.order[1:])
-    out = x.new_zeros((x.shape[0], weight.stored[weight.order[2]]))
-    start = 0
-    for group, stop in enumerate(ends.tolist()):
-        if stop > start:
-            out[start:stop] = x[start:stop] @ weight.cut(group, group + 1)[0].permute(inner)
-        start = max(start, stop)
-    return out
+    width = weight.stored[weight.order[2]]
+    return grouped(x, ends, width, lambda group: weight.cut(group, group + 1)[0].permute(inner))
 
 
 _RULES: dict[str, Callable[[Any, Any, int, bool], Any]] = {

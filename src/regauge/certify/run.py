@@ -18,9 +18,10 @@ from typing import Any, Literal
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves, tree_map
 
-from regauge.certify.lazy import BLOCK, LazyWeight, Weights, apply_lazily
+from regauge.certify.lazy import BLOCK, LazyWeight, Weights, apply_lazily, grouped
 from regauge.errors import BadInput, TraceError
 from regauge.trace import Trace, module_path
 
@@ -44,7 +45,7 @@ def run(
         buffers: buffer name -> tensor.
         inputs: example inputs by name, with the shapes that were traced.
         dtype: ``torch.float64`` lifts every floating-point value; ``"stored"`` runs the graph as it was
-            traced, each weight cast to the dtype in which the traced module held it.
+            traced, weights and inputs cast to the dtypes that were traced.
         block: elements of a weight above which it is not cast as a whole.
 
     Returns:
@@ -148,9 +149,12 @@ class _Runner:
                 expected=str(tuple(expected.shape)),
                 found=str(tuple(value.shape)),
             )
+        value = value.detach().cpu()
         if self.lift is not None:
-            return _lifted(value.detach().cpu())
-        return value.detach().cpu()
+            return value.to(_lifted_dtype(value.dtype))
+        if isinstance(expected, torch.Tensor) and value.is_floating_point() and expected.is_floating_point():
+            return value.to(expected.dtype)
+        return value
 
     def _weight(self, name: str) -> Any:
         held = self.lift or self.trace.dtypes[name]
@@ -161,7 +165,7 @@ class _Runner:
 
     def _call(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         target: Any = node.target
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+        args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
         name = str(target)
         if name in _DROPOUT:
             return args[0]
@@ -209,6 +213,9 @@ class _Runner:
         if name == "aten.histc.default" and not args[0].is_floating_point():
             # Counting integers is exact in float64, and the CPU has no integer version.
             return target(args[0].double(), *args[1:], **kwargs).to(args[0].dtype)
+        if name == "aten._grouped_mm.default" and args[0].dtype is torch.float64:
+            x, weight, ends = args
+            return grouped(x, ends, weight.shape[2], lambda group: weight[group])
         return target(*args, **kwargs)
 
     @staticmethod
@@ -231,7 +238,7 @@ def _skipped(node: fx.Node) -> bool:
     name = str(node.target)
     return node.op == "call_function" and (
         name.startswith(("aten._assert", "aten.sym_constrain_range"))
-        or node.target is torch._C._set_grad_enabled
+        or getattr(node.target, "__name__", "") == "_set_grad_enabled"
     )
 
 
@@ -239,10 +246,6 @@ def _lifted_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype.is_complex:
         return torch.complex128
     return torch.float64 if dtype.is_floating_point else dtype
-
-
-def _lifted(value: Any) -> Any:
-    return tree_map_only(torch.Tensor, lambda t: t.to(_lifted_dtype(t.dtype)), value)
 
 
 def _last_uses(trace: Trace) -> dict[fx.Node, list[fx.Node]]:

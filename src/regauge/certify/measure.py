@@ -1,0 +1,324 @@
+"""How far apart two functions are, and how far apart rounding alone would put them.
+
+**The rounding floor.** A rewrite that is exact on paper still stores each weight rounded to its dtype. To
+say what that costs, the original is run once more with its own weights *re-rounded*: an entry that is a
+number of the storage dtype moves to the next one up or down with probability 1/24 each, any other entry is
+rounded to the nearest. Either way the error has the mean 0 and the variance ulp²/12 that rounding a generic
+number has. The same figures are measured for it, in the same executions, on the same inputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+
+from regauge.certify.lazy import BLOCK, Weights
+from regauge.certify.run import run
+from regauge.errors import BadInput
+from regauge.trace import Trace
+
+EXACT = 1e-10
+"""Relative error in float64 below which two functions count as the same."""
+
+FLOOR_FACTOR = 3.0
+"""How many times the rounding floor still counts as rounding: one draw of the noise is an estimate, and a
+rewrite rounds other numbers than the original did."""
+
+
+class Verdict(StrEnum):
+    EQUIVALENT = "equivalent"
+    WITHIN_ROUNDING = "equivalent within rounding"
+    DIFFERENT = "different"
+
+
+@dataclass(frozen=True)
+class Function:
+    """A traced function with its parameters.
+
+    Attributes:
+        trace: the graph.
+        weights: canonical name -> tensor; may offer ``rows``, see :mod:`regauge.certify.lazy`.
+        buffers: buffer name -> tensor.
+    """
+
+    trace: Trace
+    weights: Weights | Callable[[str], torch.Tensor]
+    buffers: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Distance of b from a over all inputs.
+
+    Attributes:
+        relative: ``||a - b|| / ||a||`` (Frobenius, over all inputs; the largest over the outputs).
+        max_abs: largest ``|a - b|`` of any entry.
+        kl_mean, kl_max: ``KL(a || b)`` of the softmax over the last axis, in nats, over positions.
+        top1: share of positions where both have the same largest entry.
+        finite: no NaN anywhere, and no infinity that the two do not share. If not, the other figures
+            are meaningless and ``relative`` is infinite.
+    """
+
+    relative: float
+    max_abs: float
+    kl_mean: float | None = None
+    kl_max: float | None = None
+    top1: float | None = None
+    finite: bool = True
+
+
+@dataclass(frozen=True)
+class FunctionEvidence:
+    """What was measured between two functions on the same inputs.
+
+    Attributes:
+        exact: a against b before its weights were rounded, in float64; None if not available.
+        float64: a against b with the weights as stored, in float64.
+        floor: a against a re-rounded, in float64.
+        stored: a against b, run in the dtypes the models hold; None if not asked for.
+        stored_floor: a against a re-rounded, likewise.
+        positions: number of positions compared (tokens of a language model).
+        bits: whether a and b gave the same bits in float64 everywhere.
+    """
+
+    exact: Figures | None
+    float64: Figures
+    floor: Figures
+    stored: Figures | None
+    stored_floor: Figures | None
+    positions: int
+    bits: bool
+
+
+def compare_functions(
+    a: Function,
+    b: Function,
+    inputs: Iterable[Mapping[str, Any]],
+    *,
+    exact: Callable[[str], torch.Tensor] | None = None,
+    storage: Callable[[str], torch.dtype] | None = None,
+    logits: bool = False,
+    stored: bool = True,
+    seed: int = 0,
+    block: int = BLOCK,
+) -> FunctionEvidence:
+    """Run both functions on the same inputs and measure.
+
+    Args:
+        a, b: the original and the other; same input names and shapes, same output shapes.
+        inputs: example inputs by name, on the CPU, with the traced shapes.
+        exact: weights of ``b`` in float64 before rounding, by canonical name.
+        storage: canonical name in ``a`` -> dtype that the floor rounds to; default: a's own dtype.
+        logits: whether the last axis of the outputs holds log-probabilities up to a constant.
+        stored: whether to run also in the dtypes the models hold.
+        seed: of the floor's noise.
+        block: elements of a weight cast at once.
+
+    Raises:
+        BadInput: no inputs, or the outputs differ in number or shape.
+    """
+    rounded = Function(a.trace, Rerounded(a.weights, storage, seed), a.buffers)
+    unrounded = None if exact is None else Function(b.trace, exact, b.buffers)
+    sums = {key: _Sum(logits) for key in ("exact", "float64", "floor", "stored", "stored_floor")}
+    bits, positions = True, 0
+    for batch in inputs:
+
+        def outputs(function: Function, dtype: Any, batch: Any = batch) -> tuple[torch.Tensor, ...]:
+            return run(function.trace, function.weights, function.buffers, batch, dtype=dtype, block=block)
+
+        reference = outputs(a, torch.float64)
+        positions += _positions(reference, logits)
+        others = outputs(b, torch.float64)
+        bits &= len(others) == len(reference) and all(map(torch.equal, reference, others))
+        sums["float64"].add(reference, others)
+        del others
+        sums["floor"].add(reference, outputs(rounded, torch.float64))
+        if unrounded is not None:
+            sums["exact"].add(reference, outputs(unrounded, torch.float64))
+        if stored:
+            reference = outputs(a, "stored")
+            sums["stored"].add(reference, outputs(b, "stored"))
+            sums["stored_floor"].add(reference, outputs(rounded, "stored"))
+    if positions == 0:
+        raise BadInput("there is nothing to compare on", expected="at least one input")
+    return FunctionEvidence(
+        exact=sums["exact"].figures() if unrounded is not None else None,
+        float64=sums["float64"].figures(),
+        floor=sums["floor"].figures(),
+        stored=sums["stored"].figures() if stored else None,
+        stored_floor=sums["stored_floor"].figures() if stored else None,
+        positions=positions,
+        bits=bits,
+    )
+
+
+def judge(
+    evidence: FunctionEvidence, *, exact: float = EXACT, factor: float = FLOOR_FACTOR
+) -> tuple[Verdict, str]:
+    """The verdict, and the reason for it in one sentence.
+
+    - *equivalent*: in float64 the relative error is below ``exact``, for the weights before they were
+      rounded if these are available, and then rounding them costs no more than ``factor`` floors.
+    - *equivalent within rounding*: in float64 the stored weights differ by at most ``factor`` floors.
+    - *different*: anything else, and NaN or infinity anywhere.
+    """
+    everything = (evidence.exact, evidence.float64, evidence.stored, evidence.floor, evidence.stored_floor)
+    if not all(figures.finite for figures in everything if figures is not None):
+        return Verdict.DIFFERENT, "an output is NaN, or infinite in one of the two only"
+    if evidence.bits:
+        return Verdict.EQUIVALENT, "the outputs in float64 are the same bits"
+    error, bound = evidence.float64.relative, factor * evidence.floor.relative
+    if evidence.exact is not None and evidence.exact.relative >= exact:
+        reason = f"relative error {evidence.exact.relative:.2e} in float64, before any rounding"
+        return Verdict.DIFFERENT, f"{reason}, not below {exact:.0e}"
+    if error < exact:
+        return Verdict.EQUIVALENT, f"relative error {error:.2e} in float64, below {exact:.0e}"
+    times = (
+        f"{error:.2e} = {error / evidence.floor.relative:.2g} rounding floors" if bound else f"{error:.2e}"
+    )
+    if error > bound:
+        return Verdict.DIFFERENT, f"relative error of the stored weights {times}, more than {factor:g}"
+    if evidence.exact is not None:
+        return (
+            Verdict.EQUIVALENT,
+            f"relative error {evidence.exact.relative:.2e} in float64 before rounding; stored: {times}",
+        )
+    return Verdict.WITHIN_ROUNDING, f"relative error of the stored weights {times}, at most {factor:g}"
+
+
+def _positions(outputs: tuple[torch.Tensor, ...], logits: bool) -> int:
+    if not outputs:
+        return 0
+    first = outputs[0]
+    return math.prod(first.shape[:-1]) if logits or first.ndim > 2 else math.prod(first.shape[:1])
+
+
+class _Sum:
+    """Figures summed over inputs."""
+
+    def __init__(self, logits: bool) -> None:
+        self.logits = logits
+        self.squares: list[list[float]] = []
+        self.max_abs = 0.0
+        self.kl = 0.0
+        self.kl_max = 0.0
+        self.agree = 0
+        self.count = 0
+        self.finite = True
+
+    def add(self, a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> None:
+        if [t.shape for t in a] != [t.shape for t in b]:
+            raise BadInput(
+                "the two functions return different shapes",
+                expected=", ".join(str(tuple(t.shape)) for t in a),
+                found=", ".join(str(tuple(t.shape)) for t in b),
+            )
+        while len(self.squares) < len(a):
+            self.squares.append([0.0, 0.0])
+        for squares, x, y in zip(self.squares, a, b, strict=True):
+            for p, q in zip(_pieces(x), _pieces(y), strict=True):
+                difference = (p - q).abs()
+                difference[p == q] = 0.0
+                self.finite &= bool(torch.isfinite(difference).all())
+                squares[0] += float(difference.square().sum())
+                squares[1] += float(p[torch.isfinite(p)].abs().square().sum())
+                self.max_abs = max(self.max_abs, float(difference.max()) if difference.numel() else 0.0)
+                if self.logits and self.finite:
+                    self._add_logits(p, q)
+
+    def _add_logits(self, p: torch.Tensor, q: torch.Tensor) -> None:
+        log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+        terms = log_p.exp() * (log_p - log_q)
+        kl = torch.where(torch.isneginf(log_p), 0.0, terms).sum(-1).clamp(min=0)
+        self.kl += float(kl.sum())
+        self.kl_max = max(self.kl_max, float(kl.max()))
+        self.agree += int((p.argmax(-1) == q.argmax(-1)).sum())
+        self.count += len(kl)
+
+    def figures(self) -> Figures:
+        if not self.finite:
+            return Figures(math.inf, math.inf, finite=False)
+        ratios = [math.sqrt(d / n) if n else (math.inf if d else 0.0) for d, n in self.squares]
+        relative = max(ratios, default=0.0)
+        if not (self.logits and self.count):
+            return Figures(relative, self.max_abs)
+        return Figures(relative, self.max_abs, self.kl / self.count, self.kl_max, self.agree / self.count)
+
+
+def _pieces(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
+    """Rows (of the last axis) in float64, a few at a time."""
+    flat = tensor.reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
+    wide = torch.complex128 if tensor.is_complex() else torch.float64
+    return (piece.to(wide) for piece in flat.split(max(1, BLOCK // max(1, flat.shape[-1]))))
+
+
+@dataclass(frozen=True)
+class Rerounded:
+    """Weights re-rounded at random; see the top of this file. Pure: the same seed, the same weights.
+
+    Attributes:
+        source: the weights.
+        storage: canonical name -> dtype to round to; default: the dtype each tensor has.
+        seed: of the noise.
+    """
+
+    source: Weights | Callable[[str], torch.Tensor]
+    storage: Callable[[str], torch.dtype] | None
+    seed: int
+
+    def __call__(self, name: str) -> torch.Tensor:
+        tensor = self.source(name)
+        rows = torch.arange(len(tensor)) if tensor.ndim else torch.zeros(1, dtype=torch.int64)
+        return self._noisy(name, tensor.reshape(len(rows), -1), rows).reshape(tensor.shape)
+
+    def rows(self, name: str, index: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.source, Weights):
+            tensor = self.source.rows(name, index)
+        else:
+            tensor = self.source(name)[index]
+        return self._noisy(name, tensor.reshape(len(index), -1), index).reshape(tensor.shape)
+
+    def _noisy(self, name: str, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        dtype = self.storage(name) if self.storage is not None else rows.dtype
+        if not (rows.is_floating_point() and dtype.is_floating_point):
+            return rows
+        salt = int.from_bytes(hashlib.sha256(f"{self.seed}:{name}".encode()).digest()[:7], "little")
+        row_keys, column_keys = _mix(index + salt), _mix(torch.arange(rows.shape[1]) - salt)
+        step = max(1, BLOCK // max(1, rows.shape[1]))
+        out = torch.empty(rows.shape, dtype=dtype)
+        for start in range(0, len(rows), step):
+            keys = row_keys[start : start + step, None] + column_keys
+            out[start : start + step] = _rerounded(rows[start : start + step], dtype, _mix(keys))
+        return out
+
+
+def _rerounded(values: torch.Tensor, dtype: torch.dtype, keys: torch.Tensor) -> torch.Tensor:
+    """``values`` rounded to ``dtype``; those that are on its grid move by one ulp with probability 1/12."""
+    rounded = values.to(dtype, copy=True)
+    drawn = keys.bitwise_and_((1 << 24) - 1)
+    lowest = (1 << 24) // 24
+    moved = (drawn < lowest) | (drawn >= (1 << 24) - lowest)
+    if dtype != values.dtype:
+        moved &= rounded == values
+    chosen = rounded[moved].double()
+    up = torch.where(drawn[moved] < lowest, -1.0, 1.0)
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(chosen).exponent - 1
+    ulp = torch.ldexp(torch.full_like(chosen, info.eps), exponent).clamp(min=info.smallest_normal * info.eps)
+    shifted = torch.where(chosen == 0, chosen, chosen + up * ulp).clamp(info.min, info.max)
+    rounded[moved] = shifted.to(dtype)
+    return rounded
+
+
+def _mix(keys: torch.Tensor) -> torch.Tensor:
+    """A fixed scrambling of the low 32 bits of integers, as int32 that look random."""
+    mixed = keys.to(torch.int32)
+    for shift, factor in ((16, 0x7FEB352D), (15, -0x7B935975)):
+        mixed = mixed.bitwise_xor((mixed >> shift).bitwise_and_((1 << (32 - shift)) - 1)).mul_(factor)
+    return mixed.bitwise_xor_(mixed >> 16)
