@@ -244,6 +244,8 @@ class Walk:
             return self._ranged(self.given(shape), value)
         if length == size:
             return value
+        if length == 0:
+            return self.given(shape)
         kept = self._slice_axis(value.axes[axis], start, length, step)
         axes = [*value.axes[:axis], kept, *value.axes[axis + 1 :]]
         links = [Link((i,), (i,)) for i in range(value.rank) if i != axis]
@@ -282,8 +284,10 @@ class Walk:
         return self.reshape(piece, [n for i, n in enumerate(piece.shape) if i != axis])
 
     def concat(self, values: Sequence[Value], axis: int) -> Value:
-        values = [value for value in values if value.rank > 1 or value.shape != (0,)]
-        axis %= values[0].rank
+        axis %= max(value.rank for value in values)
+        values = [value for value in values if 0 not in value.shape] or list(values[:1])
+        if len(values) == 1:
+            return values[0]
         shape = list(values[0].shape)
         shape[axis] = sum(value.shape[axis] for value in values)
         if all(value.given for value in values):

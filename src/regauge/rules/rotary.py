@@ -249,9 +249,10 @@ def _side(reader: _Reader, node: Any, depth: int) -> _Side:
 
 
 def _combine(reader: _Reader, left: _Side, right: _Side, sign: int) -> list[tuple[int, int, int, Form]] | None:
-    if left[0] is not None and right[0] is not None:
-        if [p[:3] for p in left[0]] != [p[:3] for p in right[0]]:
-            return None
+    matching = left[0] is not None and right[0] is not None
+    if matching and [p[:3] for p in left[0] or ()] == [p[:3] for p in right[0] or ()]:
+        assert left[0] is not None
+        assert right[0] is not None
         out: list[tuple[int, int, int, Form]] = []
         for (a, n, s, f), (_, _, _, g) in zip(left[0], right[0], strict=True):
             merged = dict(f)
@@ -261,10 +262,11 @@ def _combine(reader: _Reader, left: _Side, right: _Side, sign: int) -> list[tupl
                 merged[key] = sign * v
             out.append((a, n, s, merged))
         return out
-    forms, whole, flip = (left[0], right[1], sign) if left[0] is not None else (right[0], left[1], 1)
+    from_left = left[0] is not None and len(left[0]) == 2
+    forms, whole, flip = (left[0], right[1], sign) if from_left else (right[0], left[1], 1)
     if forms is None or whole is None or len(forms) != 2:
         return None
-    if left[0] is None and sign == -1:
+    if not from_left and sign == -1:
         forms = [(a, n, s, {k: -v for k, v in f.items()}) for a, n, s, f in forms]
     sources = {half.node for _, _, _, f in forms for half, _ in f}
     if len(sources) != 1:
@@ -280,7 +282,7 @@ def _combine(reader: _Reader, left: _Side, right: _Side, sign: int) -> list[tupl
                 return None
             reader.tables.setdefault(label, table)
             merged = dict(f)
-            merged[(Half(source, a, n, s), label)] = flip if left[0] is not None else 1
+            merged[(Half(source, a, n, s), label)] = flip
             out.append((a, n, s, merged))
         return out
     return None

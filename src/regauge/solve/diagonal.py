@@ -160,12 +160,14 @@ class Diagonal:
                     self._kill(fact.inp)
                 self._add_to(out, self._mapped(block, mapping))
         elif isinstance(fact, Concat):
+            joined: dict[Block, list[Exprs]] = {}
             for out, block, mapping in self.layout.concat(fact):
-                if len(self.layout.pieces(fact.out, fact.axis)) == 1:
+                if block is None:
                     for value in fact.ins:
                         self._kill(value)
-                else:
-                    self._add_to(out, self._mapped(block, mapping))
+                joined.setdefault(out, []).append(self._mapped(block, mapping))
+            for out, many in joined.items():
+                self._add_to(out, self._agree(many))
         elif isinstance(fact, (Reduce, Center)):
             self._reduce(fact)
         elif isinstance(fact, Normalise):

@@ -153,9 +153,16 @@ class Groups:
                 root, _ = forest.find(forest.key(block, occurrence))
                 root.stops.setdefault(kind, Blame(fact, reason))
 
-    def _kill(self, value: Value, reason: str) -> None:
-        for block in self.layout.blocks(value):
-            self._stop(block, block.order, ALL, reason)
+    def _kill(self, reason: str, *values: Value) -> None:
+        """Stop everything on the values; a fact that is not followed stops its output as well."""
+        for value in values:
+            for block in self.layout.blocks(value):
+                self._stop(block, block.order, ALL, reason)
+
+    def _unmatched(self, out: Block, matched: Iterable[Occurrence]) -> None:
+        """Output factors that no input accounts for."""
+        known = set(matched)
+        self._stop(out, [o for o in out.order if o not in known], ALL, "layouts do not match")
 
     def _join(self, block_a: Block, a: Occurrence, block_b: Block, b: Occurrence, parity: int, linear: bool) -> None:
         atom = block_a.occurrences[a]
@@ -182,21 +189,21 @@ class Groups:
             self._contract(fact)
         elif isinstance(fact, Remap):
             for out, block, mapping in self.layout.remap(fact):
-                self._move(fact.inp, out, block, mapping)
+                linked = {axis for link in fact.links for axis in link.dst}
+                self._move(fact.inp, out, block, mapping, linked)
         elif isinstance(fact, Concat):
             for out, block, mapping in self.layout.concat(fact):
-                if block is None or len(self.layout.pieces(fact.out, fact.axis)) == 1:
-                    for value in fact.ins:
-                        self._kill(value, "is joined with data along an axis")
+                if block is None:
+                    self._kill("is joined along an axis of another layout", fact.out, *fact.ins)
                 else:
-                    self._move(block.value, out, block, mapping)
+                    self._move(block.value, out, block, mapping, set(range(fact.out.rank)))
         elif isinstance(fact, Reduce):
             self._reduce(fact)
         elif isinstance(fact, Center):
             for out in self.layout.blocks(fact.out):
                 block = self.layout.pick(fact.inp, list(out.offsets))
                 if block is None:
-                    self._kill(fact.inp, "layouts do not match")
+                    self._kill("layouts do not match", fact.inp, fact.out)
                     continue
                 self._follow(out, block, {o: o for o in block.order if o in out.occurrences})
                 centred = [o for o in block.order if o[0] in fact.over]
@@ -206,7 +213,7 @@ class Groups:
             for out in self.layout.blocks(fact.out):
                 block = self.layout.pick(fact.inp, list(out.offsets))
                 if block is None:
-                    self._kill(fact.inp, "layouts do not match")
+                    self._kill("layouts do not match", fact.inp, fact.out)
                     continue
                 self._follow(out, block, {o: o for o in block.order if o in out.occurrences}, linear=False)
                 self._stop(block, block.order, LINEAR, "passes through softmax")
@@ -226,22 +233,24 @@ class Groups:
     def _mixed(self, block: Block, axes: Iterable[int]) -> None:
         self.extra.setdefault(block, set()).update(axes)
 
-    def _move(self, value: Value, out: Block, block: Block | None, mapping: OccurrenceMap) -> None:
+    def _move(
+        self, value: Value, out: Block, block: Block | None, mapping: OccurrenceMap, linked: set[int]
+    ) -> None:
         if block is None:
-            self._kill(value, "layouts do not match")
+            self._kill("layouts do not match", value, out.value)
             return
         self._follow(out, block, mapping)
         lost = [o for o in block.order if o not in mapping]
         self._stop(block, lost, ALL, "is rearranged in a way that does not keep its layout")
         images = set(mapping.values())
         fresh = [o for o in out.order if o not in images]
-        self._stop(out, fresh, _NOT_ONES, "is repeated along an axis")
+        self._stop(out, [o for o in fresh if o[0] not in linked], _NOT_ONES, "is repeated along an axis")
+        self._stop(out, [o for o in fresh if o[0] in linked], ALL, "layouts do not match")
 
     def _pointwise(self, fact: Pointwise) -> None:
         for out, ins in self.layout.pointwise(fact):
             if any(block is None for block, _ in ins):
-                for value in fact.ins:
-                    self._kill(value, "layouts do not match")
+                self._kill("layouts do not match", fact.out, *fact.ins)
                 continue
             live = [
                 (block, mapping)
@@ -270,6 +279,8 @@ class Groups:
         for block, mapping in live:
             lost = [o for o in block.order if o not in mapping]
             self._stop(block, lost, ALL, "layouts do not match")
+        if live:
+            self._unmatched(out, count)
 
     def _law(self, fact: Pointwise, target: Occurrence, holders: int, operands: int) -> tuple[tuple[Kind, ...], str]:
         if fact.law is Law.SUM:
@@ -300,8 +311,7 @@ class Groups:
     def _contract(self, fact: Contract) -> None:
         for a, out, b, free_a, free_b, pairs in self.layout.contract(fact):
             if out is None:
-                self._kill(fact.a, "layouts do not match")
-                self._kill(fact.b, "layouts do not match")
+                self._kill("layouts do not match", fact.a, fact.b, fact.out)
                 continue
             both = set(free_a.values()) & set(free_b.values())
             for block, free in ((a, free_a), (b, free_b)):
@@ -311,8 +321,12 @@ class Groups:
                     if batch:
                         self._stop(block, [o], LINEAR, "is paired entry by entry in a product")
                         self._stop(out, [target], LINEAR, "is paired entry by entry in a product")
+            self._unmatched(out, {*free_a.values(), *free_b.values()})
             for x, y in pairs:
                 self._join(a, x, b, y, 1, True)
+                if fact.a is fact.b:
+                    only = (Kind.GENERAL_LINEAR, Kind.COMPLEX)
+                    self._stop(a, [x], only, "only its squared length is used")
             for block, free, used in (
                 (a, free_a, {x for x, _ in pairs}),
                 (b, free_b, {y for _, y in pairs}),
@@ -334,7 +348,7 @@ class Groups:
                 offsets[j] = block.offsets[i]
             out = self.layout.pick(fact.out, offsets)
             if out is None:
-                self._kill(fact.inp, "layouts do not match")
+                self._kill("layouts do not match", fact.inp, fact.out)
                 return
             linear = fact.law is Law.SUM
             mapping = {
@@ -343,6 +357,7 @@ class Groups:
                 if o[0] in keep and (keep[o[0]], o[1]) in out.occurrences
             }
             self._follow(out, block, mapping, linear)
+            self._unmatched(out, mapping.values())
             over = [o for o in block.order if o[0] in fact.over]
             if linear:
                 self._stop(block, over, _NOT_ONES, "its entries are summed")
@@ -358,7 +373,7 @@ class Groups:
         for out in self.layout.blocks(fact.out):
             block = self.layout.pick(fact.inp, list(out.offsets))
             if block is None:
-                self._kill(fact.inp, "layouts do not match")
+                self._kill("layouts do not match", fact.inp, fact.out)
                 return
             self._follow(out, block, {o: o for o in block.order if o in out.occurrences})
             for o in block.order:

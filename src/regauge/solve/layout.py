@@ -156,7 +156,7 @@ class Layout:
                 mapping: OccurrenceMap = {}
                 if block is not None:
                     for o in block.order:
-                        if o in out.occurrences:
+                        if o in out.occurrences and (o[0] != fact.axis or not whole):
                             mapping[o] = o
                 yield out, block, mapping
 
