@@ -76,6 +76,17 @@ def test_copy_is_byte_identical(source: Checkpoint, tmp_path: Path) -> None:
     assert not partial(out).exists()
 
 
+def test_large_tensors_are_copied_in_pieces(tmp_path: Path) -> None:
+    tensors = {"big": torch.arange((17 << 20) // 8), "small": torch.ones(3)}
+    save_file(tensors, tmp_path / "one.safetensors")
+    with StagedOutput(tmp_path / "out", Checkpoint.open(tmp_path / "one.safetensors"), key="") as staged:
+        copy_all(staged)
+        digest = staged.digest()
+        staged.commit({})
+    assert (tmp_path / "out" / "one.safetensors").read_bytes() == (tmp_path / "one.safetensors").read_bytes()
+    assert Checkpoint.open(tmp_path / "out").digest() == digest
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 def test_blocks_make_the_tensor(tmp_path: Path, axis: int, dtype: torch.dtype) -> None:
@@ -135,6 +146,20 @@ def test_recast_keeps_integers_and_alignment(source: Checkpoint, tmp_path: Path)
         assert all(entry.start % result.dtype(entry.name).itemsize == 0 for entry in shard.entries)
         assert len(shard.header) % 8 == 0
     assert [shard.metadata for shard in result.shards] == [shard.metadata for shard in source.shards]
+
+
+def test_recast_reorders_rather_than_misalign(tmp_path: Path) -> None:
+    number = torch.arange(2, dtype=torch.int32)
+    save_file({"a": torch.ones(3, dtype=torch.float64), "n": number}, tmp_path / "one.safetensors")
+    source = Checkpoint.open(tmp_path / "one.safetensors")
+    assert source.names == ("a", "n")
+    with StagedOutput(tmp_path / "out", source, key="", dtype=torch.float16) as staged:
+        staged.write("a", [torch.ones(3).half()])
+        staged.copy({"n": "n"})
+        staged.commit({})
+    result = Checkpoint.open(tmp_path / "out")
+    assert result.names == ("n", "a")
+    assert torch.equal(result.read("n"), number)
 
 
 def test_recast_refusals(source: Checkpoint, tmp_path: Path) -> None:
@@ -235,9 +260,20 @@ def test_another_key_or_layout_starts_again(source: Checkpoint, tmp_path: Path) 
         assert staged.resumed == set()
 
 
-def test_torn_last_line_is_dropped(source: Checkpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["k", "other"])
+def test_leftovers_do_not_get_in(source: Checkpoint, tmp_path: Path, key: str) -> None:
+    staged = stage_two(source, tmp_path / "out").parent / "files"
+    (staged / "old").mkdir()
+    (staged / "old" / "x").write_text("x")
+    (staged / "m-3.safetensors").write_text("x")
+    resumed(source, tmp_path / "out", key)
+    assert contents(tmp_path / "out").keys() == contents(source.path).keys()
+
+
+@pytest.mark.parametrize("cut", [1, 5])
+def test_torn_last_line_is_dropped(source: Checkpoint, tmp_path: Path, cut: int) -> None:
     journal = stage_two(source, tmp_path / "out")
-    journal.write_bytes(journal.read_bytes()[:-5])
+    journal.write_bytes(journal.read_bytes()[:-cut])
     assert resumed(source, tmp_path / "out") == {"a"}
 
 

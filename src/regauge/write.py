@@ -96,8 +96,6 @@ class StagedOutput:
                 self.staging.mkdir(exist_ok=True)
                 self._journal = Journal(self.staging / "journal.jsonl", self._head(key))
                 fresh = self._journal.fresh
-                if fresh:
-                    shutil.rmtree(self.directory, ignore_errors=True)
                 self.directory.mkdir(exist_ok=True)
                 for target in self.targets:
                     self._allocate(target)
@@ -262,10 +260,11 @@ class StagedOutput:
 
     def _write_rest(self, config: Mapping[str, Any]) -> None:
         """Everything but the weights: index, side files, edited config."""
+        for stale in (path for path in self.directory.iterdir() if path.name not in self._files):
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         for file in self.source.side_files:
-            if file != MANIFEST:
-                (self.directory / file).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self.source.path / file, self.directory / file)
+            (self.directory / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.source.path / file, self.directory / file)
         if self.source.index is not None:
             text = index_text(self.source, self.entries, recast=self.dtype is not None)
             (self.directory / self.source.index).write_bytes(text)
