@@ -1,0 +1,100 @@
+"""regauge: change a neural network's parameters without changing its function, and prove it.
+
+Everything here is loaded on first use, so that ``import regauge`` imports no tensor library.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module, metadata
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from regauge.api import RewriteResult, inspect, rewrite, rewrite_module
+    from regauge.atlas import Atlas, Generator, Kind, Space
+    from regauge.certify import Certificate, Verdict, certify, certify_modules
+    from regauge.errors import (
+        BadInput,
+        CheckpointError,
+        NotEquivalent,
+        RecipeError,
+        Refused,
+        RegaugeError,
+        TraceError,
+    )
+    from regauge.recipe import MoveSpec, Recipe, load_recipe, parse_move
+
+__version__ = metadata.version("regauge")
+
+__all__ = [
+    "Atlas",
+    "BadInput",
+    "Certificate",
+    "CheckpointError",
+    "Generator",
+    "Kind",
+    "MoveSpec",
+    "NotEquivalent",
+    "Recipe",
+    "RecipeError",
+    "Refused",
+    "RegaugeError",
+    "RewriteResult",
+    "Space",
+    "TraceError",
+    "Verdict",
+    "certify",
+    "certify_modules",
+    "inspect",
+    "load_recipe",
+    "parse_move",
+    "rewrite",
+    "rewrite_module",
+]
+
+_HOME = {
+    "regauge.api": ("RewriteResult", "inspect", "rewrite", "rewrite_module"),
+    "regauge.atlas": ("Atlas", "Generator", "Kind", "Space"),
+    "regauge.certify": ("Certificate", "Verdict", "certify_modules"),
+    "regauge.errors": (
+        "BadInput",
+        "CheckpointError",
+        "NotEquivalent",
+        "RecipeError",
+        "Refused",
+        "RegaugeError",
+        "TraceError",
+    ),
+    "regauge.recipe": ("MoveSpec", "Recipe", "load_recipe", "parse_move"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+
+class _Certify(ModuleType):
+    """The subpackage ``regauge.certify`` can be called like the function of that name inside it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.certify(*args, **kwargs)
+
+
+class _Regauge(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "certify" and isinstance(value, ModuleType):
+            value.__class__ = _Certify
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Regauge
+
+
+def __getattr__(name: str) -> Any:
+    if name == "certify":
+        return import_module("regauge.certify")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'regauge' has no attribute {name!r}")
+    return getattr(import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
