@@ -29,8 +29,8 @@ from regauge.facts import (
     Stop,
     Value,
 )
-from regauge.structure import Atom, Axis, Group, Structure, total
-from regauge.trace import Trace, module_path
+from regauge.structure import Atom, Axis, Conflict, Group, Structure, total
+from regauge.trace import Trace, module_path, role
 
 Rule = Callable[..., Any]
 
@@ -253,8 +253,6 @@ class Walk:
         return self.remap(value, axes, links)
 
     def _slice_axis(self, axis: Axis, start: int, length: int, step: int) -> Axis:
-        from regauge.structure import Conflict
-
         if self.structure.is_data(axis):
             return self.structure.axis(length, True)
         try:
@@ -568,47 +566,60 @@ def _argument(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], arg: Any) -> A
     if isinstance(arg, fx.Node):
         found = env[arg]
         if isinstance(found, str) and arg.name in walk.trace.parameters:
-            return walk.parameter(_role(walk, node, found))
+            return walk.parameter(role(walk.trace, node, found) if walk.untied else found)
         return found
     if isinstance(arg, (list, tuple)):
         return type(arg)(_argument(walk, node, env, item) for item in arg)
     return arg
 
 
-def _role(walk: Walk, node: fx.Node, name: str) -> str:
-    """Which alias of a tied parameter this use is: the one owned by the module that computes."""
-    if not walk.untied:
-        return name
-    path = module_path(node)
-    best = name
-    for alias in walk.trace.aliases[name]:
-        owner = alias.rpartition(".")[0]
-        if owner and (path == owner or path.endswith("." + owner) or owner.endswith("." + path)):
-            best = alias
-    return best
+RULE_FAILURES = (
+    Conflict,
+    RegaugeError,
+    TypeError,
+    ValueError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    ZeroDivisionError,
+)
+"""What a rule may raise on arguments it was not written for; the operation is then refused."""
 
 
 def _call(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], rules: dict[str, Rule]) -> Any:
     name = op_name(node)
     args = [_argument(walk, node, env, arg) for arg in node.args]
     kwargs = {key: _argument(walk, node, env, arg) for key, arg in node.kwargs.items()}
+    example = node.meta.get("val")
     tensors = _values([*args, *kwargs.values()])
-    shapes = _shapes(node.meta.get("val"))
     rule = rules.get(name)
     if name != "getitem" and all(value.given for value in tensors):
         if rule is not None and getattr(rule, "even_given", False):
-            return rule(walk, node, *args, **kwargs)
-        return _given(walk, node.meta.get("val"))
+            return _guarded(walk, node, rule, args, kwargs)
+        return _given(walk, example)
     if rule is None:
-        reason = f"{name} is an operation without a rule"
-        walk.refusals.append(Refusal(node.name, walk.module, reason))
-        return _pack(node.meta.get("val"), iter(walk.opaque(tensors, shapes, reason)))
-    out = rule(walk, node, *args, **kwargs)
-    if isinstance(out, Value) and shapes and tuple(out.shape) != tuple(shapes[0]):
-        raise RegaugeError(
-            "a rule gave the wrong shape", node=f"{node.name} ({name})", expected=str(shapes[0]), found=str(out.shape)
-        )
-    return out
+        return _refuse(walk, node, tensors, f"{name} is an operation without a rule")
+    return _guarded(walk, node, rule, args, kwargs)
+
+
+def _guarded(walk: Walk, node: fx.Node, rule: Rule, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """Run a rule; if it fails or gives another shape than was traced, refuse the operation."""
+    tensors = _values([*args, *kwargs.values()])
+    try:
+        out = rule(walk, node, *args, **kwargs)
+        expected, found = _shapes(node.meta.get("val")), [value.shape for value in _values(out)]
+        if op_name(node) != "getitem" and expected != found:
+            raise ValueError(f"a result of shape {found} where {expected} was traced")
+        return out
+    except RULE_FAILURES as error:
+        return _refuse(walk, node, tensors, f"{op_name(node)}: its rule failed ({type(error).__name__}: {error})")
+
+
+def _refuse(walk: Walk, node: fx.Node, tensors: list[Value], reason: str) -> Any:
+    walk.refusals.append(Refusal(node.name, walk.module, reason))
+    example = node.meta.get("val")
+    return _pack(example, iter(walk.opaque(tensors, _shapes(example), reason)))
 
 
 def _values(args: Any) -> list[Value]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -155,6 +155,56 @@ def trace(
         for module, flag in training.items():
             module.training = flag
     return _read(program, model, tuple(wrapper.names), kwargs)
+
+
+def role(trace: Trace, node: fx.Node, name: str) -> str:
+    """Which alias of a tied parameter an operation uses: the one owned by the module that computes."""
+    path = module_path(node)
+    best = name
+    for alias in trace.aliases[name]:
+        owner = alias.rpartition(".")[0]
+        if owner and (path == owner or path.endswith("." + owner) or owner.endswith("." + path)):
+            best = alias
+    return best
+
+
+def untie(trace: Trace) -> Trace:
+    """The same function with a parameter of its own for every alias of a tied one.
+
+    Returns ``trace`` itself if nothing is tied.
+    """
+    if all(len(group) == 1 for group in trace.aliases.values()):
+        return trace
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    graph.graph_copy(trace.graph, new)
+    parameters: dict[str, str] = {}
+    for old, node in list(new.items()):
+        name = trace.parameters.get(old.name)
+        if name is None:
+            continue
+        parameters[node.name] = name
+        made = {name: node}
+        for user in old.users:
+            alias = role(trace, user, name)
+            if alias not in made:
+                with graph.inserting_after(node):
+                    made[alias] = graph.placeholder(f"{node.name}_{len(made)}")
+                made[alias].meta = dict(node.meta)
+                parameters[made[alias].name] = alias
+            new[user].replace_input_with(node, made[alias])
+    origin = {alias: name for name, group in trace.aliases.items() for alias in group}
+    outputs = tuple(new[node] for node in trace.outputs)
+    graph.output(outputs)
+    return replace(
+        trace,
+        graph=graph,
+        parameters=parameters,
+        outputs=outputs,
+        aliases={alias: (alias,) for alias in origin},
+        shapes={alias: trace.shapes[name] for alias, name in origin.items()},
+        dtypes={alias: trace.dtypes[name] for alias, name in origin.items()},
+    )
 
 
 def _needs_functionalisation(graph: fx.Graph) -> bool:
