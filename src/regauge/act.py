@@ -57,6 +57,17 @@ def act(
     return out
 
 
+def read_block(tensor: torch.Tensor, action: Action, copies: Sequence[str] = ()) -> torch.Tensor:
+    """The block of an action as float64 [K, n, m], chart added: copy, acting index, everything else."""
+    held = (*copies, action.acting)
+    whole = tensor.detach().contiguous()
+    block = _block(whole, action, held, tuple(tensor.shape))
+    count = 1
+    for size in block.shape[: len(copies)]:
+        count *= size
+    return block.reshape(count, block.shape[len(copies)], -1).to(torch.float64) + action.chart
+
+
 def apply_generator(
     state: Mapping[str, torch.Tensor], generator: Generator, element: Element
 ) -> dict[str, torch.Tensor]:

@@ -22,9 +22,11 @@ GROUP_ORDER = (Kind.GENERAL_LINEAR, Kind.ORTHOGONAL, Kind.ORTHOGONAL_ONES)
 
 def discover(trace: Trace) -> Atlas:
     """The atlas of a traced model, with its form after folding (and untying) as ``atlas.folded``."""
-    atlas, folds = _solve(trace, untied=False, fold=False)
-    tied = [names for names in trace.aliases.values() if len(names) > 1]
-    folded, folds = _solve(trace, untied=bool(tied), fold=True)
+    gauge = Gauge(trace)
+    tied = gauge.tied
+    atlas = gauge.atlas(untied=False, folded=frozenset())
+    folds = gauge.foldable(untied=bool(tied))
+    folded = replace(gauge.atlas(untied=bool(tied), folded=frozenset(folds)), folds=folds)
     if not folds and not tied:
         return atlas
     merged = tuple(_with_folded(space, folded, trace) for space in atlas.spaces)
@@ -45,9 +47,7 @@ def _with_folded(space: Space, folded: Atlas, trace: Trace) -> Space:
     if best is None:
         return space
     tied = tuple(
-        name
-        for name, _ in best.parameters
-        if name in trace.canonical and trace.canonical[name] != name
+        name for name, _ in best.parameters if name in trace.canonical and trace.canonical[name] != name
     )
     return replace(
         space,
@@ -58,19 +58,53 @@ def _with_folded(space: Space, folded: Atlas, trace: Trace) -> Space:
     )
 
 
-def _solve(trace: Trace, untied: bool, fold: bool) -> tuple[Atlas, tuple[str, ...]]:
-    walk = interpret(trace, untied)
-    layout = Layout(walk.structure, walk.result)
-    folded: set[int] = set()
-    solver = _Solver(walk, layout, folded)
-    while fold:
-        more = solver.foldable() - folded
-        if not more:
-            break
-        folded |= more
-        solver = _Solver(walk, layout, folded)
-    names = tuple(v.parameter for v in walk.result.parameters.values() if v.id in folded and v.parameter)
-    return solver.atlas(trace, names), names
+class Gauge:
+    """Atlases of one traced model in every state that moves can bring it to, solved once each.
+
+    A state is: whether tied parameters have been given their own copies, and which gains are one.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self._walks: dict[bool, tuple[Walk, Layout]] = {}
+        self._solvers: dict[tuple[bool, frozenset[str]], _Solver] = {}
+        self._atlases: dict[tuple[bool, frozenset[str]], Atlas] = {}
+
+    @property
+    def tied(self) -> tuple[tuple[str, ...], ...]:
+        """Groups of state-dict names that are one parameter."""
+        return tuple(names for names in self.trace.aliases.values() if len(names) > 1)
+
+    def atlas(self, *, untied: bool = False, folded: frozenset[str] = frozenset()) -> Atlas:
+        """The generators available when the gains ``folded`` are one."""
+        key = (untied, folded)
+        if key not in self._atlases:
+            self._atlases[key] = self._solver(*key).atlas(self.trace, ())
+        return self._atlases[key]
+
+    def foldable(self, *, untied: bool = False) -> tuple[str, ...]:
+        """Every gain that can be set to one, including those that others free when they fold."""
+        done: frozenset[str] = frozenset()
+        while True:
+            more = self._solver(untied, done).foldable() - done
+            if not more:
+                walk, _ = self._walk(untied)
+                return tuple(dict.fromkeys(name for name, _ in walk.result.parameters if name in done))
+            done |= more
+
+    def _walk(self, untied: bool) -> tuple[Walk, Layout]:
+        if untied not in self._walks:
+            walk = interpret(self.trace, untied)
+            self._walks[untied] = walk, Layout(walk.structure, walk.result)
+        return self._walks[untied]
+
+    def _solver(self, untied: bool, folded: frozenset[str]) -> _Solver:
+        key = (untied, folded)
+        if key not in self._solvers:
+            walk, layout = self._walk(untied)
+            ids = {value.id for value in walk.result.parameters.values() if value.parameter in folded}
+            self._solvers = {key: _Solver(walk, layout, ids)}
+        return self._solvers[key]
 
 
 @dataclass
@@ -97,7 +131,7 @@ class _Solver:
 
     # --- folding ---------------------------------------------------------------------------------
 
-    def foldable(self) -> set[int]:
+    def foldable(self) -> set[str]:
         """Gains that a diagonal generator moves freely, every entry, on their own."""
         gains: dict[int, Value] = {}
         for fact in self.walk.result.facts:
@@ -115,11 +149,11 @@ class _Solver:
             for unknown in vector:
                 if unknown not in self.positive.system.pivots:
                     by_free[unknown] = vector
-        out: set[int] = set()
+        out: set[str] = set()
         for value in gains.values():
             blocks = self.layout.blocks(value)
             if all(self._folds(value, block, index, sign_index, by_free, gains) for block in blocks):
-                out.add(value.id)
+                out.add(str(value.parameter))
         return out
 
     def _parameter_of(self, value: Value) -> Value | None:
@@ -128,9 +162,7 @@ class _Solver:
 
         seen = value
         while seen.parameter is None:
-            source = next(
-                (f.inp for f in self._remaps().get(seen.id, ()) if isinstance(f, Remap)), None
-            )
+            source = next((f.inp for f in self._remaps().get(seen.id, ()) if isinstance(f, Remap)), None)
             if source is None:
                 return None
             seen = source
@@ -235,7 +267,14 @@ class _Solver:
             for key in forest.keys.values()  # type: ignore[attr-defined]
             if key.block.value.parameter is not None and key.block.value.id in used
         ]
-        keys.sort(key=lambda key: (rank[key.block.value.id], key.block.offsets, key.occurrence[0], key.occurrence[1]))
+        keys.sort(
+            key=lambda key: (
+                rank[key.block.value.id],
+                key.block.offsets,
+                key.occurrence[0],
+                key.occurrence[1],
+            )
+        )
         for key in keys:
             root, _ = forest.find(key)  # type: ignore[attr-defined]
             out.setdefault(root, []).append(key)
@@ -310,7 +349,13 @@ class _Solver:
             actions.append(self.action(key.block, key.occurrence, exponent))
         atom = members[0].atom
         return Generator(
-            "", kind, self.name(atom), self.size_of(atom), self._copies(copies), tuple(actions), spaces.of(members[0])
+            "",
+            kind,
+            self.name(atom),
+            self.size_of(atom),
+            self._copies(copies),
+            tuple(actions),
+            spaces.of(members[0]),
         )
 
     # --- diagonals -------------------------------------------------------------------------------
@@ -361,7 +406,9 @@ class _Solver:
         own = set(copies) if kind is Kind.COMPLEX else {*copies, members[0].atom}
         for key in members:
             _, parity = self.groups.linear.find(key)
-            subset = frozenset(o for o in key.block.order if o[1] in own and (o == key.occurrence or o[1] != key.atom))
+            subset = frozenset(
+                o for o in key.block.order if o[1] in own and (o == key.occurrence or o[1] != key.atom)
+            )
             entries[(key.block, subset)] = Fraction(1) if binary else Fraction(1 - 2 * parity)
         return Vector(frozenset(own), entries)
 
@@ -409,7 +456,9 @@ class _Solver:
             found = by_space.get(id_, [])
             factor = self.name(atom)
             admits = {g.kind for g in found}
-            admits |= {g.kind for g in generators if any(n == factor for n, _ in g.copies) and g.kind in _DIAGONAL}
+            admits |= {
+                g.kind for g in generators if any(n == factor for n, _ in g.copies) and g.kind in _DIAGONAL
+            }
             out.append(
                 Space(
                     id=id_,
@@ -449,7 +498,12 @@ class _Solver:
                     continue
                 if any(k.block is unknown.block and k.occurrence in unknown.subset for k in members[:64]):
                     limits.append(
-                        Limit(Kind.POSITIVE, fact.node, fact.module, f"{fact.op.removeprefix('aten.')} is not homogeneous")
+                        Limit(
+                            Kind.POSITIVE,
+                            fact.node,
+                            fact.module,
+                            f"{fact.op.removeprefix('aten.')} is not homogeneous",
+                        )
                     )
                     break
         if main is not None:

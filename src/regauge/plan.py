@@ -43,7 +43,8 @@ class Rewrite:
             from (untying); its own steps are listed under the new name.
         config: changes to the top level of ``config.json``.
         recipe: the moves that were asked for, as plain data, for the manifest.
-        used: generators acted on, as plain data (id, kind, seed or element digest).
+        used: generators acted on, as plain data (id, kind, size, algebraic residuals).
+        patches: structural replacements that the source architecture cannot express.
     """
 
     steps: Mapping[str, tuple[Step, ...]] = field(default_factory=dict)
@@ -51,3 +52,4 @@ class Rewrite:
     config: Mapping[str, Any] = field(default_factory=dict)
     recipe: tuple[Mapping[str, Any], ...] = ()
     used: tuple[Mapping[str, Any], ...] = ()
+    patches: tuple[Mapping[str, Any], ...] = ()

@@ -254,11 +254,7 @@ class Diagonal:
         if not linear and (self.binary or fact.law is not Law.HOMOGENEOUS):
             self._kill(fact.inp)
             return
-        keep = (
-            {i: i for i in range(fact.inp.rank)}
-            if isinstance(fact, Center)
-            else dict(fact.keep)
-        )
+        keep = {i: i for i in range(fact.inp.rank)} if isinstance(fact, Center) else dict(fact.keep)
         groups: dict[tuple[int, ...], list[Exprs]] = {}
         blocks: dict[tuple[int, ...], list[Block]] = {}
         for block in self.layout.blocks(fact.inp):

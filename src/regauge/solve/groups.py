@@ -141,7 +141,9 @@ class Groups:
 
     # --- helpers ---------------------------------------------------------------------------------
 
-    def _stop(self, block: Block, occurrences: Iterable[Occurrence], kinds: Iterable[Kind], reason: str) -> None:
+    def _stop(
+        self, block: Block, occurrences: Iterable[Occurrence], kinds: Iterable[Kind], reason: str
+    ) -> None:
         assert self._fact is not None or reason
         kinds = tuple(kinds)
         for occurrence in occurrences:
@@ -164,7 +166,9 @@ class Groups:
         known = set(matched)
         self._stop(out, [o for o in out.order if o not in known], ALL, "layouts do not match")
 
-    def _join(self, block_a: Block, a: Occurrence, block_b: Block, b: Occurrence, parity: int, linear: bool) -> None:
+    def _join(
+        self, block_a: Block, a: Occurrence, block_b: Block, b: Occurrence, parity: int, linear: bool
+    ) -> None:
         atom = block_a.occurrences[a]
         if isinstance(atom, Selection) or isinstance(block_b.occurrences[b], Selection):
             return
@@ -282,7 +286,9 @@ class Groups:
         if live:
             self._unmatched(out, count)
 
-    def _law(self, fact: Pointwise, target: Occurrence, holders: int, operands: int) -> tuple[tuple[Kind, ...], str]:
+    def _law(
+        self, fact: Pointwise, target: Occurrence, holders: int, operands: int
+    ) -> tuple[tuple[Kind, ...], str]:
         if fact.law is Law.SUM:
             if holders < operands:
                 return _NOT_ONES, "a value constant along it is added"
@@ -294,7 +300,11 @@ class Groups:
                 return (), ""
             if holders <= 1:
                 divided = any(e != 1.0 for e in fact.exponents) and holders == 1
-                return (LINEAR, "divides entry by entry") if divided and self._divides(fact, target) else ((), "")
+                return (
+                    (LINEAR, "divides entry by entry")
+                    if divided and self._divides(fact, target)
+                    else ((), "")
+                )
             gains = [v for v in fact.ins if v.parameter is not None]
             if gains:
                 return LINEAR, f"is multiplied entry by entry by {gains[0].parameter}"

@@ -95,7 +95,9 @@ class Layout:
                 found.append(self.aligned(out, value, axes))
             yield out, found
 
-    def aligned(self, out: Block, value: Value, axes: tuple[int | None, ...]) -> tuple[Block | None, OccurrenceMap]:
+    def aligned(
+        self, out: Block, value: Value, axes: tuple[int | None, ...]
+    ) -> tuple[Block | None, OccurrenceMap]:
         offsets = [0] * value.rank
         for j, i in enumerate(axes):
             if i is not None:
@@ -162,7 +164,9 @@ class Layout:
 
     def contract(
         self, fact: Contract
-    ) -> Iterator[tuple[Block, Block | None, Block, OccurrenceMap, OccurrenceMap, list[tuple[Occurrence, Occurrence]]]]:
+    ) -> Iterator[
+        tuple[Block, Block | None, Block, OccurrenceMap, OccurrenceMap, list[tuple[Occurrence, Occurrence]]]
+    ]:
         """For each pair of blocks multiplied and the output block they add to: the maps of free
         occurrences of both into the output, and the contracted pairs."""
         where_a = {letter: axis for axis, letter in enumerate(fact.la)}

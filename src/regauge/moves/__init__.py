@@ -1,0 +1,28 @@
+"""The registry of moves. To add one: write it in a file here, and list it below."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from regauge.moves.base import Change, Move, Option, Preserves, Scene, State, Used
+from regauge.moves.entries import PERMUTE, RESCALE
+from regauge.moves.fold import DROP_KEY_BIAS, FOLD_SCALES, FOLD_SHIFTS, FOLD_VALUE_BIAS
+from regauge.moves.residual import CENTER, UNTIE
+from regauge.moves.rotate import BALANCE_HEADS, ROTATE
+
+_ALL = (
+    UNTIE,
+    FOLD_SHIFTS,
+    FOLD_SCALES,
+    FOLD_VALUE_BIAS,
+    DROP_KEY_BIAS,
+    CENTER,
+    ROTATE,
+    RESCALE,
+    PERMUTE,
+    BALANCE_HEADS,
+)
+
+MOVES: Mapping[str, Move] = {move.name: move for move in _ALL}
+
+__all__ = ["MOVES", "Change", "Move", "Option", "Preserves", "Scene", "State", "Used"]

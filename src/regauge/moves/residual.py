@@ -1,0 +1,70 @@
+"""Centring the residual stream and giving tied parameters their own copies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from regauge.act import CenterStep
+from regauge.atlas import Kind
+from regauge.errors import Refused
+from regauge.moves.base import Builder, Change, Move, Option, Preserves, Scene, State, widest
+
+
+def plan_center(scene: Scene, options: Mapping[str, Any]) -> Change:
+    """W[c, …] ← W[c, …] − mean_c W[c, …] for every writer of a space that only LayerNorms read.
+
+    Source: Jiang et al., Pre-RMSNorm and Pre-CRMSNorm Transformers (arXiv 2305.14858, section 3).
+    """
+    builder = Builder(scene)
+    for generator in scene.atlas.of_kind(Kind.NULL):
+        actions = [action for action in generator.actions if action.exponent == 1]
+        for action in actions:
+            builder.add(action.parameter, CenterStep(action, scene.shape(action.parameter)))
+        if actions:
+            builder.note(generator, None)
+    if not builder.used:
+        space = widest(scene.atlas)
+        raise Refused(
+            "no space here is blind to the mean: centring would change the function",
+            space=f"{space.id} of size {space.size} ({space.parameters[0][0]} and {len(space.parameters) - 1} more)",
+            found="its readers see the ones direction (an RMS norm does, a LayerNorm does not)",
+        )
+    if options["norm"] == "rms":
+        return builder.change(patches=({"patch": "layer-norm-to-rms-norm"},))
+    return builder.change()
+
+
+def plan_untie(scene: Scene, options: Mapping[str, Any]) -> Change:
+    """E used in two roles becomes E and E′ = E: the function is the same, each role moves alone."""
+    tied = scene.gauge.tied
+    if not tied or scene.state.untied:
+        raise Refused("nothing is tied here", expected="two names for one parameter", found="none")
+    config = {} if scene.untie_config is None else scene.untie_config()
+    copies = {alias: names[0] for names in tied for alias in names[1:]}
+    return Change(copies=copies, config=config, state=State(True, scene.state.folded))
+
+
+CENTER = Move(
+    "center",
+    "W[c,…] ← W[c,…] − mean_c W[c,…] for every writer of the space",
+    "only LayerNorms read the space",
+    Preserves.OUTPUT,
+    plan_center,
+    {
+        "norm": Option(
+            str,
+            "keep",
+            "rms: also replace each LayerNorm by an RMSNorm (planned and certified, not yet stored)",
+            ("keep", "rms"),
+        )
+    },
+)
+UNTIE = Move(
+    "untie",
+    "E, E (one tensor, two roles) → E, E′ with E′ = E",
+    "a parameter with two names, and a configuration that can say so",
+    Preserves.OUTPUT,
+    plan_untie,
+    {},
+)

@@ -1,0 +1,84 @@
+"""From a recipe to a plan: run the moves in order, each on the model as the earlier ones leave it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from regauge.discover import Gauge
+from regauge.moves import MOVES, Scene, State
+from regauge.plan import Rewrite
+from regauge.recipe import Recipe
+
+Reader = Callable[[str], torch.Tensor]
+
+
+def make_plan(
+    gauge: Gauge,
+    recipe: Recipe,
+    seed: int,
+    view: Callable[[Rewrite], Reader],
+    untie_config: Callable[[], Mapping[str, Any]] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[Rewrite, State]:
+    """Plan every move of a recipe. Nothing is written.
+
+    Args:
+        gauge: atlases of the traced model.
+        recipe: moves with checked options.
+        seed: each move draws from a generator of its own, seeded by this and its place.
+        view: plan so far -> reader of current values by state-dict name.
+        untie_config: see :class:`regauge.moves.Scene`.
+        progress: called with the name of each move as it starts.
+
+    Returns:
+        the plan, and the state the model is in after it.
+
+    Raises:
+        Refused: a move does not exist for this model.
+    """
+    rewrite, state = Rewrite(), State()
+    for place, spec in enumerate(recipe.moves):
+        if progress is not None:
+            progress(spec.name)
+        move = MOVES[spec.name]
+        options = {name: option.default for name, option in move.options.items()} | dict(spec.options)
+        random = torch.Generator().manual_seed(_mix(seed, place))
+        scene = Scene(gauge, state, view(rewrite), random, untie_config)
+        change = move.plan(scene, options)
+        used = [asdict(item) | {"move": spec.name, "place": place} for item in change.used]
+        rewrite = Rewrite(
+            steps=_merged(rewrite.steps, change.steps),
+            copies=_copied(rewrite, change.copies),
+            config={**rewrite.config, **change.config},
+            recipe=(*rewrite.recipe, {"move": spec.name, **dict(spec.options)}),
+            used=(*rewrite.used, *used),
+            patches=(*rewrite.patches, *change.patches),
+        )
+        # A copy made by untying starts from the original tensor, so it takes over its steps so far.
+        inherited = {new: rewrite.steps[old] for new, old in change.copies.items() if old in rewrite.steps}
+        if inherited:
+            rewrite = replace(rewrite, steps={**rewrite.steps, **inherited})
+        state = change.state or state
+    return rewrite, state
+
+
+def _merged(
+    old: Mapping[str, tuple[Any, ...]], new: Mapping[str, tuple[Any, ...]]
+) -> dict[str, tuple[Any, ...]]:
+    return {name: (*old.get(name, ()), *new.get(name, ())) for name in _ordered((*old, *new))}
+
+
+def _ordered(names: Iterable[str]) -> Iterable[str]:
+    return dict.fromkeys(names)
+
+
+def _copied(rewrite: Rewrite, new: Mapping[str, str]) -> dict[str, str]:
+    return {**rewrite.copies, **new}
+
+
+def _mix(seed: int, place: int) -> int:
+    return (seed * 1_000_003 + place * 7_919 + 17) % (1 << 63)
