@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -17,6 +17,9 @@ from rich.text import Text
 
 from regauge.atlas import Atlas, Kind, Limit, Space
 from regauge.errors import Refused, RegaugeError
+
+if TYPE_CHECKING:
+    from regauge.api import RewriteResult
 
 NAMES = {
     Kind.PERMUTATION: "permutation",
@@ -40,7 +43,7 @@ _LADDER = (
     Kind.POSITIVE,
     Kind.SCALE,
 )
-_SHOWN_MODULES = 4
+_SHOWN_MODULES = 3
 
 
 @dataclass(frozen=True)
@@ -136,13 +139,15 @@ def _rank(kind: Kind) -> int:
     return _LADDER.index(kind) if kind in _LADDER else len(_LADDER)
 
 
-def _why(space: Space, starred: bool) -> Text:
+def _why(row: Row) -> Text:
+    space, starred = row.space, row.layers > 1
     limit = limit_of(space)
     if limit is None:
         return Text("")
     module = _starred(limit.module) if starred else limit.module
     reason = _starred(limit.reason) if starred else limit.reason
-    place = f" (in {module})" if module and module not in reason else ""
+    known = module in reason or row.label.startswith(module)
+    place = "" if known else f" (in {module})"
     return Text(f"no {NAMES[limit.kind]}: {reason}{place}")
 
 
@@ -177,7 +182,7 @@ def _table(atlas: Atlas, title: str) -> Table:
         table.add_column(_later(atlas), ratio=3)
     table.add_column("what limits it", overflow="fold", ratio=5)
     for row in rows(atlas):
-        space, why = row.space, _why(row.space, row.layers > 1)
+        space, why = row.space, _why(row)
         cells: list[RenderableType] = [row.label, str(row.layers), str(space.size), _per(space), _now(space)]
         if atlas.folded is not None:
             same = space.admits_folded == space.admits
@@ -189,7 +194,7 @@ def _table(atlas: Atlas, title: str) -> Table:
 def _list(atlas: Atlas, title: str) -> RenderableType:
     blocks: list[RenderableType] = [Text(title, style="bold")]
     for row in rows(atlas):
-        space, why = row.space, _why(row.space, row.layers > 1)
+        space, why = row.space, _why(row)
         size = f"{row.layers} × size {space.size}" + (f" per {_per(space)}" if space.copies else "") + ": "
         line = Text.assemble(size, _now(space))
         if atlas.folded is not None and space.admits_folded != space.admits:
@@ -232,6 +237,19 @@ def _refusals(atlas: Atlas) -> RenderableType:
     return Text("left alone because it was not understood:\n" + "\n".join(lines), style="yellow")
 
 
+def result_view(result: RewriteResult, out: str) -> RenderableType:
+    """The certificate, and what was written where in which time."""
+    from regauge.certify import render
+
+    report = result.report
+    times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
+    done = f"tensors: {report.computed} computed, {report.moved} permuted, {report.copied} copied"
+    if report.resumed:
+        done += f", {report.resumed} taken over from an interrupted run"
+    written = f"written to {out}: {report.bytes_written / 1e6:,.1f} MB"
+    return Group(render(result.certificate), Text(f"\n{done}\ntime: {times}\n{written}"))
+
+
 def moves_view(moves: Mapping[str, Any]) -> RenderableType:
     """Every move: its identity, what it needs and keeps, its options."""
     blocks: list[RenderableType] = []
@@ -239,31 +257,22 @@ def moves_view(moves: Mapping[str, Any]) -> RenderableType:
         table = Table.grid(padding=(0, 2))
         table.add_column(style="dim", no_wrap=True)
         table.add_column()
-        table.add_row("identity", Text(str(move.identity)))
-        table.add_row("needs", Text(words(move.needs) or "nothing"))
-        table.add_row("preserves", Text(words(move.preserves)))
+        table.add_row("identity", Text(move.identity))
+        table.add_row("needs", Text(move.needs or "nothing"))
+        table.add_row("preserves", Text(str(move.preserves)))
         for key, option in move.options.items():
             table.add_row("option", Text(f"{key}={option_values(option)}  {option.help}"))
         blocks += [Text(move.name, style="bold"), Padding(table, (0, 0, 1, 2))]
     return Group(*blocks)
 
 
-def words(value: object) -> str:
-    """A field of a move in words: text as it is, several values joined with commas."""
-    if isinstance(value, (tuple, list, set, frozenset)):
-        items = [str(item) for item in value]
-        return ", ".join(sorted(items) if isinstance(value, (set, frozenset)) else items)
-    return str(value)
-
-
 def option_values(option: Any) -> str:
-    """What an option may be, its default marked."""
-    if option.choices:
-        return "|".join(
-            f"{choice}*" if choice == option.default else str(choice) for choice in option.choices
-        )
-    default = "" if option.default is None else f" ({option.default})"
-    return f"<{option.type.__name__}>{default}"
+    """What an option may be, its default marked with a star."""
+    values: tuple[Any, ...] = (True, False) if option.type is bool else tuple(option.choices)
+    if not values:
+        return f"<{option.type.__name__}>"
+    texts = [f"{value}*" if value == option.default else str(value) for value in values]
+    return "|".join(texts).lower() if option.type is bool else "|".join(texts)
 
 
 def error_view(error: RegaugeError) -> RenderableType:

@@ -1,0 +1,271 @@
+"""The command line. Thin: it reads options, calls the library, and prints data objects."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from regauge.cli_support import (
+    described,
+    outcome,
+    packaged_module,
+    parse_size,
+    print_json,
+    progress_bar,
+    rewritten,
+    show,
+    torch_dtype,
+    wide,
+)
+from regauge.errors import EXIT_CERTIFICATE, BadInput, RecipeError
+
+app = typer.Typer(
+    name="regauge",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Dtype(StrEnum):
+    FLOAT64 = "float64"
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SRC", help="A Hugging Face directory, a GGUF file, or packaged:NAME.", show_default=False
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; errors as JSON on stderr.")]
+TextFile = Annotated[
+    Path | None, typer.Option("--text", help="Compare on the tokens of this UTF-8 file, not random inputs.")
+]
+Memory = Annotated[str | None, typer.Option("--max-memory", metavar="SIZE", help="Stay near this, e.g. 2GB.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from regauge import __version__
+
+        print(f"regauge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(  # pyright: ignore[reportUnusedFunction]
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Change the parameters of a neural network without changing its function, and prove it.
+
+    Start with [bold]regauge demo[/bold], or [bold]regauge inspect SRC[/bold] on a model of yours.
+
+    \b
+    Exit codes:
+      0    done, and certified
+      1    the certificate failed; nothing was kept
+      2    bad input or usage
+      3    refused: the symmetry asked for does not exist in this model
+      130  interrupted
+    """
+
+
+@app.command()
+def inspect(
+    source: Source,
+    json: AsJson = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Also write the atlas as JSON to this file.")
+    ] = None,
+) -> None:
+    """Show the spaces of a model, the groups that act on them, and their limits.
+
+    Each row is a class of tensor axes that must transform together; alike
+    layers share a row. It admits the groups whose elements keep the function:
+    now, and after norm scales are folded. No weights are read.
+
+    \b
+    Examples:
+      regauge inspect ./llama
+      regauge inspect packaged:gemma-3-270m --json > atlas.json
+      regauge inspect model.gguf --out atlas.json
+    """
+    with outcome(as_json=json):
+        from regauge.api import inspect as run
+
+        module = packaged_module(source)
+        atlas = run(*module) if module is not None else run(source)
+        text = atlas.to_json(indent=2)
+        if out is not None:
+            try:
+                out.write_text(text + "\n", encoding="utf-8")
+            except OSError as error:
+                raise BadInput(f"cannot write {out}", found=error.strerror or str(error)) from error
+        if json:
+            print_json(text)
+        else:
+            from regauge.show import atlas_view
+
+            show(atlas_view(atlas, source, wide=wide()))
+
+
+@app.command()
+def rewrite(
+    source: Source,
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="New directory; must not exist.", show_default=False)
+    ],
+    move: Annotated[
+        list[str] | None,
+        typer.Option("--move", metavar="NAME[:k=v,...]", help="A move; may be given many times, in order."),
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="Moves from a YAML file instead.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option("--dtype", help="Storage of the result. Default: as the source.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Of everything drawn at random. Default: 0.")
+    ] = None,
+    max_memory: Memory = None,
+    text: TextFile = None,
+    json: AsJson = False,
+) -> None:
+    """Apply moves to a checkpoint, certify the result, and only then put it at OUT.
+
+    The source is never touched. If the certificate fails, or a move does not
+    exist for this model, nothing is left at OUT. After Ctrl-C the same command
+    goes on where it stopped.
+
+    \b
+    Examples:
+      regauge rewrite ./llama ./new --move fold-scales --move rotate
+      regauge rewrite packaged:minilm ./new --move permute --seed 7
+      regauge rewrite ./llama ./new --recipe my.yaml --max-memory 2GB
+    """
+    with outcome(as_json=json, resumes=True):
+        from regauge.recipe import Recipe, load_recipe, parse_move
+
+        if bool(move) == (recipe is not None):
+            raise RecipeError(
+                "say what to do once",
+                expected="one or more --move, or one --recipe",
+                found="both" if move else "neither",
+                way_out="`regauge moves` lists the moves",
+            )
+        plan = load_recipe(recipe) if recipe is not None else Recipe(moves=tuple(map(parse_move, move or ())))
+        limit = None if max_memory is None else parse_size(max_memory)
+        from regauge.api import rewrite as run
+
+        with progress_bar(quiet=json) as progress:
+            result = run(
+                source,
+                out,
+                plan,
+                dtype=None if dtype is None else torch_dtype(dtype),
+                seed=seed,
+                max_memory=limit,
+                text=text,
+                progress=progress,
+            )
+        if json:
+            print_json(rewritten(result, str(out)))
+        else:
+            from regauge.show import result_view
+
+            show(result_view(result, str(out)))
+
+
+@app.command()
+def certify(
+    a: Annotated[str, typer.Argument(metavar="A", help="The original.", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other.", show_default=False)],
+    text: TextFile = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of random inputs and of the rounding floor.")] = 0,
+    max_memory: Memory = None,
+    json: AsJson = False,
+) -> None:
+    """Are these two the same function, and how far apart are they as stored?
+
+    Both run in true float64 and in their stored dtype, on the same inputs,
+    beside what rounding alone would do to A. Nothing of how B was made is
+    used. Exit code 1 if they differ.
+
+    \b
+    Examples:
+      regauge certify ./llama ./rotated
+      regauge certify packaged:minilm ./mine --text book.txt --json
+    """
+    with outcome(as_json=json):
+        from regauge.api import resolve
+        from regauge.certify import certify as run
+        from regauge.certify import render
+
+        limit = None if max_memory is None else parse_size(max_memory)
+        certificate = run(resolve(a), resolve(b), text=text, seed=seed, max_memory=limit)
+        if json:
+            print_json(certificate.to_json())
+        else:
+            show(render(certificate))
+        if not certificate.passed:
+            raise typer.Exit(EXIT_CERTIFICATE)
+
+
+@app.command()
+def moves(json: AsJson = False) -> None:
+    """List every move: its identity, what it needs, what it preserves, and its options.
+
+    After --move a move is written NAME or NAME:key=value,key=value. Moves are
+    made in the order in which they are given.
+
+    \b
+    Examples:
+      regauge moves
+      regauge moves --json
+    """
+    with outcome(as_json=json):
+        from regauge.moves import MOVES
+        from regauge.show import moves_view
+
+        if json:
+            print_json([described(move) for move in MOVES.values()])
+        else:
+            show(moves_view(MOVES))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option("--out", help="Keep the rewritten model here.")] = None,
+) -> None:
+    """Inspect, rewrite and certify a real model that a package ships, in minutes.
+
+    No model hub is needed; the package is. What is made is thrown away
+    unless --out is given.
+
+    \b
+    Examples:
+      regauge demo
+      regauge demo --out ./demo-out
+    """
+    with outcome():
+        from regauge.demo import run
+
+        run(out)
+
+
+def main() -> None:
+    """Entry point of the ``regauge`` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
