@@ -49,7 +49,9 @@ class Walk:
         self.refusals: list[Refusal] = []
         self.node: fx.Node | None = None
         self.structure = Structure(self._on_rigid)
-        self.selections: dict[tuple[int, int], Atom] = {}
+        self.selections: dict[tuple[int, int, int, int], Atom] = {}
+        self.orders: dict[int, int] = {}
+        self.uniform: set[int] = set()
 
     # --- bookkeeping ---------------------------------------------------------------------------
 
@@ -84,11 +86,28 @@ class Walk:
         self.result.facts.append(fact)
 
     def use(self, *values: Value) -> None:
-        """Materialise the deferred fact of a product that is used other than by summing it."""
+        """Read values by their entries: materialise the deferred fact of a product; indices that
+        were selected from an axis and are computed with stop that axis."""
         for value in values:
-            if value.pending is not None:
-                fact, value.pending = value.pending, None
-                self.record(fact)
+            self._materialise(value)
+            if value.range_of is not None:
+                source, axis = value.range_of
+                self.record(Stop(*self.where, source, "its selected indices are computed with", (axis,)))
+
+    def _materialise(self, value: Value) -> None:
+        if value.pending is not None:
+            fact, value.pending = value.pending, None
+            self.record(fact)
+
+    def consume(self, index: Value, reason: str) -> None:
+        """Indices taken from a live value by a rule: their own axes and scales are stopped."""
+        if not index.given:
+            self._materialise(index)
+            self.record(Stop(*self.where, index, reason))
+
+    def order(self, index: Value) -> int:
+        """Two values of indices with the same number hold the same entries in the same order."""
+        return self.orders.setdefault(index.id, index.id)
 
     def parameter(self, name: str, chart: float = 0.0) -> Value:
         key = (name, chart)
@@ -182,12 +201,13 @@ class Walk:
         return self.pointwise([value], law, [power])
 
     def remap(self, value: Value, axes: list[Axis], links: Sequence[Link]) -> Value:
+        """The same entries in another arrangement; entries may be left out or repeated."""
         if value.given:
-            return self.given([total(axis) for axis in axes])
-        self.use(value)
+            return self._ranged(self.given([total(axis) for axis in axes]), value)
+        self._materialise(value)
         out = self.value(axes)
         self.record(Remap(*self.where, out, value, tuple(links)))
-        return out
+        return self._ranged(out, value)
 
     def reshape(self, value: Value, shape: Sequence[int]) -> Value:
         if value.given:
@@ -196,11 +216,15 @@ class Walk:
             return value
         axes, groups = self.structure.regroup(value.axes, shape)
         out = self.remap(value, axes, [_link(group) for group in groups])
-        return self._ranged(out, value)
+        if value.range_of is not None:
+            self.orders[out.id] = self.order(value)
+        return out
 
     def _ranged(self, out: Value, value: Value) -> Value:
         out.range_of = value.range_of
         out.zero = value.zero
+        if value.id in self.uniform:
+            self.uniform.add(out.id)
         return out
 
     def permute(self, value: Value, order: Sequence[int]) -> Value:
@@ -214,7 +238,7 @@ class Walk:
         )
         if value.normalised is not None:
             out.normalised = order.index(value.normalised)
-        return self._ranged(out, value)
+        return out
 
     def expand(self, value: Value, shape: Sequence[int]) -> Value:
         lead = len(shape) - value.rank
@@ -230,7 +254,7 @@ class Walk:
                 links.append(Link((i,), (j,)))
             else:
                 axes.append(self.structure.axis(size))
-        return self._ranged(self.remap(value, axes, links), value)
+        return self.remap(value, axes, links)
 
     def slice(self, value: Value, axis: int, start: int, stop: int, step: int = 1) -> Value:
         axis %= value.rank
@@ -469,8 +493,9 @@ class Walk:
         return out
 
     def stop(self, value: Value, reason: str, axes: Sequence[int] | None = None) -> None:
+        """Nothing passes along the given axes, or anywhere."""
         if not value.given:
-            self.use(value)
+            self._materialise(value)
             self.record(Stop(*self.where, value, reason, None if axes is None else tuple(axes)))
             if value.range_of is not None and axes is None:
                 source, axis = value.range_of
@@ -480,6 +505,7 @@ class Walk:
         """An operation nobody explained: stop everything that goes in; outputs are fresh data."""
         live = [value for value in ins if not value.given]
         for value in live:
+            self.use(value)
             self.stop(value, reason)
         outs = [self.given(shape) for shape in shapes]
         return outs
@@ -545,11 +571,30 @@ def interpret(trace: Trace, untied: bool = False) -> Walk:
         elif node.op == "output":
             for out in trace.outputs:
                 value = env[out]
+                if isinstance(value, str) and out.name in trace.parameters:
+                    value = walk.parameter(role(trace, node, value) if untied else value)
                 if isinstance(value, Value):
                     walk.stop(value, "is the output of the network")
         else:
             raise RegaugeError(f"unexpected node kind {node.op}", node=node.name)
+    _one_chart(walk)
     return walk
+
+
+def _one_chart(walk: Walk) -> None:
+    """A parameter used both as it is and with a constant added has no common action: stop it."""
+    used: dict[str, dict[int, Value]] = {}
+    for fact in walk.result.facts:
+        for slot in ("ins", "inp", "a", "b", "value"):
+            item = getattr(fact, slot, ())
+            for value in item if isinstance(item, tuple) else (item,):
+                if isinstance(value, Value) and value.parameter is not None:
+                    used.setdefault(value.parameter, {})[value.id] = value
+    for values in used.values():
+        if len(values) > 1:
+            for value in values.values():
+                reason = "is used both as stored and with a constant added"
+                walk.record(Stop("", str(value.parameter), "", value, reason))
 
 
 def _placeholder(walk: Walk, node: fx.Node) -> Any:
@@ -589,8 +634,9 @@ RULE_FAILURES = (
 
 def _call(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], rules: dict[str, Rule]) -> Any:
     name = op_name(node)
-    args = [_argument(walk, node, env, arg) for arg in node.args]
-    kwargs = {key: _argument(walk, node, env, arg) for key, arg in node.kwargs.items()}
+    plain, named = _positional(node)
+    args = [_argument(walk, node, env, arg) for arg in plain]
+    kwargs = {key: _argument(walk, node, env, arg) for key, arg in named.items()}
     example = node.meta.get("val")
     tensors = _values([*args, *kwargs.values()])
     rule = rules.get(name)
@@ -603,17 +649,36 @@ def _call(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], rules: dict[str, R
     return _guarded(walk, node, rule, args, kwargs)
 
 
+def _positional(node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments in the order of the operator's schema; only keyword-only ones stay keywords."""
+    args, kwargs = list(node.args), dict(node.kwargs)
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not kwargs:
+        return args, kwargs
+    order = [argument for argument in schema.arguments if not argument.kwarg_only]
+    last = max((i for i, argument in enumerate(order) if argument.name in kwargs), default=-1)
+    for argument in order[len(args) : last + 1]:
+        args.append(kwargs.pop(argument.name, argument.default_value))
+    return args, kwargs
+
+
 def _guarded(walk: Walk, node: fx.Node, rule: Rule, args: list[Any], kwargs: dict[str, Any]) -> Any:
     """Run a rule; if it fails or gives another shape than was traced, refuse the operation."""
     tensors = _values([*args, *kwargs.values()])
     try:
+        if any(not value.given for value in _values(list(kwargs.values()))):
+            raise ValueError("a tensor given by keyword")
         out = rule(walk, node, *args, **kwargs)
         expected, found = _shapes(node.meta.get("val")), [value.shape for value in _values(out)]
         if op_name(node) != "getitem" and expected != found:
             raise ValueError(f"a result of shape {found} where {expected} was traced")
         return out
     except RULE_FAILURES as error:
-        return _refuse(walk, node, tensors, f"{op_name(node)}: its rule failed ({type(error).__name__}: {error})")
+        return _refuse(walk, node, tensors, f"{op_name(node)}: its rule failed ({_brief(error)})")
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def _refuse(walk: Walk, node: fx.Node, tensors: list[Value], reason: str) -> Any:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from regauge.errors import TraceError
 
@@ -69,6 +71,22 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+class _RealConstants(TorchFunctionMode):
+    """Tensors that forward code makes of Python numbers keep their values when the device is meta:
+    they are made on the CPU and then moved, so that the exporter lifts the real one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.new_tensor and args[0].device.type == "meta" and len(args) == 2:
+            func, kwargs = torch.tensor, {"dtype": args[0].dtype, "device": args[0].device, **kwargs}
+            args = args[1:]
+        device = kwargs.get("device")
+        made = func in (torch.tensor, torch.as_tensor) and device is not None
+        if made and not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves((args, kwargs))):
+            return func(*args, **{**kwargs, "device": "cpu"}).to(device)
+        return func(*args, **kwargs)
 
 
 class _Select(nn.Module):
@@ -139,7 +157,8 @@ def trace(
     wrapper.eval()
     try:
         with _quiet(), torch.no_grad():
-            program = torch.export.export(wrapper, args, kwargs, strict=False)
+            with _RealConstants():
+                program = torch.export.export(wrapper, args, kwargs, strict=False)
             if _needs_functionalisation(program.graph):
                 program = program.run_decompositions({})
     except TraceError:
@@ -149,7 +168,8 @@ def trace(
         raise TraceError(
             "torch.export could not trace this model",
             found=f"{type(error).__name__}: {' '.join(reason[:3])[:400]}",
-            way_out="pass example inputs that avoid data-dependent control flow, or another attention implementation",
+            way_out="pass example inputs that avoid data-dependent control flow,"
+            " or another attention implementation",
         ) from error
     finally:
         for module, flag in training.items():

@@ -3,6 +3,7 @@ homogeneous, odd, even or a power."""
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 from regauge.facts import Law, Value
@@ -14,23 +15,62 @@ RULES = Table()
 
 @RULES.op(
     "aten.to", "aten._to_copy", "aten.type_as", "aten.contiguous", "aten.clone", "aten.alias", "aten.detach",
-    "aten.dropout", "aten.native_dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.lift_fresh_copy",
-    "aten.lift_fresh", "aten.detach_", "aten.float", "aten.positive", "aten.conj", "aten.resolve_conj",
-    "aten.copy", "aten.dropout_", "aten._autocast_to_full_precision", "aten._autocast_to_reduced_precision",
-    "aten.bernoulli_", "aten.real",
+    "aten.lift_fresh_copy", "aten.lift_fresh", "aten.positive", "aten._autocast_to_full_precision",
+    "aten._autocast_to_reduced_precision", even_given=True,
 )  # fmt: skip
 def transparent(walk: Walk, node: Any, x: Value, *rest: Any, **kwargs: Any) -> Any:
-    """y = x (casts, copies, dropout in eval mode)."""
-    if node.target.overloadpacket.__name__ == "copy":
-        source = rest[0]
-        return walk.expand(source, x.shape) if isinstance(source, Value) else walk.given(x.shape)
-    if node.target.overloadpacket.__name__ == "native_dropout":
-        return [x, walk.given(x.shape)]
+    """y = x: copies, and casts between floating-point types. A cast to integers rounds."""
+    return _cast(walk, x, _kind(node.args[0]), _kind(node))
+
+
+def _kind(node: Any) -> str:
+    """float, complex, integer or boolean."""
+    dtype = node.meta["val"].dtype
+    if dtype.is_floating_point:
+        return "float"
+    return "complex" if dtype.is_complex else ("boolean" if str(dtype) == "torch.bool" else "integer")
+
+
+_WIDER = ("boolean", "integer", "float", "complex")
+
+
+def _cast(walk: Walk, x: Value, source: str, target: str) -> Value:
+    if _WIDER.index(target) >= _WIDER.index(source) or x.given:
+        return x
+    return walk.unary(x, Law.GENERIC)
+
+
+@RULES.op("aten.copy")
+def copy(walk: Walk, node: Any, x: Value, source: Any, *rest: Any) -> Value:
+    """The second tensor, in the shape and type of the first."""
+    if not isinstance(source, Value):
+        return walk.given(x.shape)
+    return walk.expand(_cast(walk, source, _kind(node.args[1]), _kind(node)), x.shape)
+
+
+@RULES.op("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout",
+          "aten.native_dropout")  # fmt: skip
+def dropout(walk: Walk, node: Any, x: Value, p: float = 0.5, train: Any = False) -> Any:
+    """y = x in eval mode; a dropout that stays on is refused."""
+    if train and p > 0:
+        raise ValueError("dropout that is not switched off in eval mode")
+    if isinstance(node.meta["val"], (list, tuple)):
+        return first(walk, node, x, x)
     return x
 
 
+def first(walk: Walk, node: Any, x: Value, out: Value) -> list[Value]:
+    """An operation of several results of which only the first is explained: the others, if anything
+    uses them, stop the argument."""
+    rest = [tuple(int(n) for n in item.shape) for item in node.meta["val"][1:]]
+    used = any(user.users and int(user.args[1]) > 0 for user in node.users if len(user.args) > 1)
+    if used:
+        return [out, *walk.opaque([x], rest, "another result of the operation is used")]
+    return [out, *[walk.given(shape) for shape in rest]]
+
+
 @RULES.op("aten._assert_tensor_metadata", "aten._assert_async", "aten.sym_constrain_range_for_size",
-          "aten._assert_scalar", "aten.sym_constrain_range")  # fmt: skip
+          "aten._assert_scalar", "aten.sym_constrain_range", "_set_grad_enabled")  # fmt: skip
 def assertion(walk: Walk, node: Any, *args: Any, **kwargs: Any) -> None:
     """Nothing is computed."""
 
@@ -48,13 +88,13 @@ def _chart(walk: Walk, x: Value, constant: float) -> Value | None:
     return None
 
 
-@RULES.op("aten.add", "aten.sub", "aten.rsub", "aten.add_", "aten.sub_")
+@RULES.op("aten.add", "aten.sub", "aten.rsub")
 def add(walk: Walk, node: Any, x: Any, y: Any, alpha: float = 1, **kwargs: Any) -> Value:
     """z = x ± c y: both transform alike; what is broadcast along an axis adds a multiple of the
     ones vector there. x − mean(x) is centring."""
-    name = node.target.overloadpacket.__name__.rstrip("_")
+    name = node.target.overloadpacket.__name__
     if not isinstance(x, Value):
-        x, y = y, x
+        return walk.shifted(walk.pointwise([y], Law.SUM))
     if not isinstance(y, Value):
         constant = float(y) * float(alpha) * (-1 if name == "sub" else 1)
         if float(y) == 0.0:
@@ -67,7 +107,7 @@ def add(walk: Walk, node: Any, x: Any, y: Any, alpha: float = 1, **kwargs: Any) 
     return walk.pointwise([x, y], Law.SUM)
 
 
-@RULES.op("aten.mul", "aten.mul_")
+@RULES.op("aten.mul", "aten.multiply")
 def mul(walk: Walk, node: Any, x: Any, y: Any) -> Value:
     """z = x y: scales and signs multiply; a value constant along an axis scales it as a whole.
     x · x is a square: summed, it is the squared length, which rotations keep."""
@@ -86,7 +126,7 @@ def _zero(walk: Walk, x: Value) -> Value:
     return out
 
 
-@RULES.op("aten.div", "aten.true_divide", "aten.div_")
+@RULES.op("aten.div", "aten.true_divide", "aten.divide")
 def div(walk: Walk, node: Any, x: Any, y: Any, rounding_mode: Any = None) -> Value:
     """z = x / y: scales divide."""
     if rounding_mode is not None:
@@ -122,6 +162,8 @@ def pow_(walk: Walk, node: Any, x: Any, p: Any) -> Value:
         return walk.square(x)
     if float(p) == 1.0:
         return x
+    if abs(Fraction(float(p)).limit_denominator(64) - Fraction(float(p))) > Fraction(1, 10**14):
+        return walk.unary(x, Law.GENERIC)
     return walk.unary(x, Law.POWER, float(p))
 
 
@@ -138,7 +180,7 @@ def root(walk: Walk, node: Any, x: Value) -> Value:
     return walk.unary(x, Law.POWER, powers[node.target.overloadpacket.__name__])
 
 
-@RULES.op("aten.relu", "aten.leaky_relu", "aten.relu_", "aten.leaky_relu_", "aten.rrelu")
+@RULES.op("aten.relu", "aten.leaky_relu")
 def relu(walk: Walk, node: Any, x: Value, *rest: Any) -> Value:
     """f(s x) = s f(x) for s > 0."""
     return walk.unary(x, Law.HOMOGENEOUS)
@@ -166,19 +208,21 @@ def absolute(walk: Walk, node: Any, x: Value) -> Value:
 
 
 @RULES.op("aten.tanh", "aten.sin", "aten.erf", "aten.asinh", "aten.atan", "aten.sinh", "aten.tan",
-          "aten.sign", "aten.softsign", "aten.arctan", "aten.round", "aten.asin", "aten.tanh_")  # fmt: skip
+          "aten.sign", "aten.softsign", "aten.arctan", "aten.round", "aten.asin", "aten.arcsin",
+          "aten.sgn", "aten.erfinv", "aten.atanh", "aten.trunc", "aten.fix", "aten.hardshrink",
+          "aten.softshrink", "aten.tanhshrink", "aten.special_erf")  # fmt: skip
 def odd(walk: Walk, node: Any, x: Value, *rest: Any, **kwargs: Any) -> Value:
     """f(−x) = −f(x)."""
     return walk.unary(x, Law.ODD)
 
 
-@RULES.op("aten.cos", "aten.cosh")
+@RULES.op("aten.cos", "aten.cosh", "aten.sinc")
 def even(walk: Walk, node: Any, x: Value) -> Value:
     """f(−x) = f(x)."""
     return walk.unary(x, Law.EVEN)
 
 
-@RULES.op("aten.clamp", "aten.clamp_min", "aten.clamp_max", "aten.hardtanh", "aten.clip", "aten.clamp_")
+@RULES.op("aten.clamp", "aten.clamp_min", "aten.clamp_max", "aten.hardtanh", "aten.clip")
 def clamp(walk: Walk, node: Any, x: Value, low: Any = None, high: Any = None, **kwargs: Any) -> Value:
     """clamp(x, 0, ∞) is relu; other bounds are fixed numbers."""
     name = node.target.overloadpacket.__name__
@@ -186,14 +230,14 @@ def clamp(walk: Walk, node: Any, x: Value, low: Any = None, high: Any = None, **
         return walk.pointwise([v for v in (x, low, high) if isinstance(v, Value)], Law.GENERIC)
     if name == "clamp_max":
         low, high = None, low
-    if name in ("clamp", "clamp_", "clip", "clamp_min", "clamp_max") and (
+    if name in ("clamp", "clip", "clamp_min", "clamp_max") and (
         (low == 0 and high is None) or (high == 0 and low is None)
     ):
         return walk.unary(x, Law.HOMOGENEOUS)
     return walk.unary(x, Law.GENERIC)
 
 
-@RULES.op("aten.maximum", "aten.minimum", "aten.max.other", "aten.fmax", "aten.fmin")
+@RULES.op("aten.maximum", "aten.minimum", "aten.fmax", "aten.fmin")
 def extreme(walk: Walk, node: Any, x: Value, y: Value) -> Value:
     """Entrywise max or min: no scale is claimed."""
     return walk.pointwise([x, y], Law.GENERIC)
@@ -206,24 +250,30 @@ def extreme(walk: Walk, node: Any, x: Value, y: Value) -> Value:
     "aten.ne", "aten.lt", "aten.le", "aten.gt", "aten.ge", "aten.logical_not", "aten.logical_and",
     "aten.logical_or", "aten.bitwise_not", "aten.bitwise_and", "aten.bitwise_or", "aten.isnan", "aten.isinf",
     "aten.nan_to_num", "aten.__and__", "aten.__or__", "aten.remainder", "aten.fmod", "aten.floor_divide",
-    "aten.silu_", "aten.sigmoid_", "aten.exp_", "aten.elu_", "aten.hardswish_", "aten.xlogy", "aten.frac",
-    "aten.isfinite", "aten.trunc", "aten.logaddexp", "aten.atan2", "aten.erfc", "aten.softshrink",
-    "aten.special_expit", "aten.erfinv", "aten.special_log_ndtr", "aten.hardshrink", "aten.logical_xor",
+    "aten.xlogy", "aten.frac", "aten.isfinite", "aten.logaddexp", "aten.atan2", "aten.erfc", "aten.acos",
+    "aten.special_expit", "aten.special_log_ndtr", "aten.logical_xor", "aten.bitwise_xor", "aten.arccos",
+    "aten.__rshift__", "aten.__lshift__", "aten.bitwise_left_shift", "aten.bitwise_right_shift",
+    "aten.signbit", "aten.acosh", "aten.log10", "aten.digamma", "aten.lgamma", "aten.heaviside",
 )  # fmt: skip
 def generic(walk: Walk, node: Any, *args: Any, **kwargs: Any) -> Value:
     """Entrywise, nothing but permutations is claimed."""
-    values = [arg for arg in args if isinstance(arg, Value)]
-    ranged = [value for value in values if value.range_of is not None]
-    for value in ranged:
-        walk.stop(value, "its selected indices are compared or computed with")
-    values = [walk.given(v.shape) if v in ranged else v for v in values]
-    return walk.pointwise(values, Law.GENERIC)
+    return walk.pointwise([arg for arg in args if isinstance(arg, Value)], Law.GENERIC)
 
 
-@RULES.op("aten.masked_fill", "aten.masked_fill_")
+@RULES.op("aten.glu")
+def glu(walk: Walk, node: Any, x: Value, dim: int = -1) -> Value:
+    """y = a · σ(b) for the two halves a | b of an axis."""
+    half = x.shape[dim] // 2
+    value, gate = walk.slice(x, dim, 0, half), walk.slice(x, dim, half, 2 * half)
+    return walk.product(value, walk.unary(gate, Law.GENERIC))
+
+
+@RULES.op("aten.masked_fill")
 def masked_fill(walk: Walk, node: Any, x: Value, mask: Value, fill: Any) -> Value:
     """Entries under the mask become a constant: with zero it is a product, else a shift."""
-    zero = not isinstance(fill, Value) and float(fill) == 0.0
+    if isinstance(fill, Value) and not fill.given:
+        return walk.pointwise([x, mask, fill], Law.GENERIC)
+    zero = fill.zero if isinstance(fill, Value) else float(fill) == 0.0
     if mask.given and zero:
         return walk.pointwise([x, mask], Law.PRODUCT, [1.0, 1.0])
     if not mask.given:
@@ -236,31 +286,44 @@ def where(walk: Walk, node: Any, mask: Value, x: Any = None, y: Any = None) -> A
     """z = x where the mask, else y. A mask that no parameter changes chooses between equals."""
     if not (isinstance(x, Value) or isinstance(y, Value)):
         return walk.opaque([mask], [], "where with one argument")
-    live = [v for v in (x, y) if isinstance(v, Value)]
-    scalars = [v for v in (x, y) if not isinstance(v, Value)]
-    zero = all(float(v) == 0.0 for v in scalars if v is not None)
+    values = [v for v in (x, y) if isinstance(v, Value)]
     if not mask.given:
-        return walk.pointwise([mask, *live], Law.GENERIC)
-    dead = [v for v in live if v.given]
-    live = [v for v in live if not v.given]
-    if not live:
-        return walk.pointwise([mask, *dead], Law.GENERIC)
-    if scalars or dead:
-        zero = zero and all(v.zero for v in dead)
-        return walk.pointwise([*live, mask], Law.PRODUCT if zero else Law.SHIFT, [1.0] * 2)
-    return walk.pointwise([*live, mask], Law.SUM if mask.shape == () else Law.SHIFT)
+        return walk.pointwise([mask, *values], Law.GENERIC)
+    dead = [v for v in values if v.given]
+    live = [v for v in values if not v.given]
+    if len(live) == 2:
+        return walk.pointwise([*live, mask], Law.SHIFT)
+    zero = all(v.zero for v in dead) and all(float(v) == 0.0 for v in (x, y) if not isinstance(v, Value))
+    if zero:
+        return walk.pointwise([*live, mask, *dead], Law.PRODUCT, [1.0] * (2 + len(dead)))
+    return walk.pointwise([*live, mask, *dead], Law.SHIFT)
 
 
 @RULES.op("aten.zeros_like", "aten.zeros", "aten.new_zeros", even_given=True)
 def zeros(walk: Walk, node: Any, *args: Any, **kwargs: Any) -> Value:
     """Zeros transform as anything."""
-    out = walk.given(tuple(int(n) for n in node.meta["val"].shape))
+    out = filled(walk, node)
     out.zero = True
     return out
 
 
-@RULES.op("aten.ones_like", "aten.full_like", "aten.empty_like", "aten.new_ones", "aten.new_full",
-          "aten.new_empty", "aten.randn_like", "aten.rand_like", "aten.new_tensor")  # fmt: skip
+@RULES.op("aten.ones_like", "aten.ones", "aten.new_ones", "aten.scalar_tensor", even_given=True)
 def filled(walk: Walk, node: Any, *args: Any, **kwargs: Any) -> Value:
-    """A constant tensor; only the shape of the argument is used."""
+    """One number in every entry; only the shape of the argument is used."""
+    out = walk.given(tuple(int(n) for n in node.meta["val"].shape))
+    walk.uniform.add(out.id)
+    return out
+
+
+@RULES.op("aten.full", "aten.full_like", "aten.new_full", even_given=True)
+def full(walk: Walk, node: Any, x: Any, *args: Any, **kwargs: Any) -> Value:
+    """The given number in every entry."""
+    if any(isinstance(arg, Value) and not arg.given for arg in args):
+        raise ValueError("filled with a number that depends on parameters")
+    return filled(walk, node)
+
+
+@RULES.op("aten.empty_like", "aten.new_empty", "aten.randn_like", "aten.rand_like")
+def shaped(walk: Walk, node: Any, *args: Any, **kwargs: Any) -> Value:
+    """Only the shape of the argument is used."""
     return walk.given(tuple(int(n) for n in node.meta["val"].shape))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from regauge.facts import AlignPermutation, Law, Link, Remap, Value
+from regauge.facts import AlignPermutation, Law, Link, Reduce, Remap, Value
 from regauge.interpret import Selection, Walk
 from regauge.rules.table import Table
 from regauge.structure import total
@@ -19,11 +19,11 @@ def _shape_of(node: Any) -> tuple[int, ...]:
 
 def _lookup(walk: Walk, x: Value, axis: int, index: Value, shape: tuple[int, ...]) -> Value:
     """``x`` with ``axis`` replaced by the axes of ``index``."""
-    if x.given and index.range_of is None:
-        return walk.given(shape)
+    if index.range_of is None or x.given:
+        walk.stop(index, "its entries are used as indices")
     if x.given:
-        walk.stop(index, "indexes a tensor that no parameter changes")
         return walk.given(shape)
+    walk.consume(index, "its entries are used as indices")
     picked = [walk.structure.axis(n, True) for n in index.shape]
     if index.range_of is not None:
         source, source_axis = index.range_of
@@ -31,7 +31,7 @@ def _lookup(walk: Walk, x: Value, axis: int, index: Value, shape: tuple[int, ...
         walk.record(AlignPermutation(*walk.where, x, axis, source, source_axis))
         large = [i for i, n in enumerate(index.shape) if n > 1]
         if len(large) == 1:
-            key = (source.id, index.shape[large[0]])
+            key = (source.id, source_axis, walk.order(index), index.shape[large[0]])
             if key not in walk.selections:
                 walk.selections[key] = Selection(-len(walk.selections) - 1, index.shape[large[0]], x.axes[axis])
             picked[large[0]] = [walk.selections[key]]
@@ -66,10 +66,12 @@ def index(walk: Walk, node: Any, x: Value, indices: list[Value | None]) -> Value
     """Advanced indexing: one index tensor is a lookup; several stop the axes they index."""
     shape = _shape_of(node)
     used = [(d, i) for d, i in enumerate(indices) if i is not None]
-    if len(used) == 1 and total_rank(used[0][1]) + x.rank - 1 == len(shape):
+    if len(used) == 1 and used[0][1].rank + x.rank - 1 == len(shape):
         return _lookup(walk, x, used[0][0], used[0][1], shape)
     if any(i.range_of is not None for _, i in used):
         return walk.opaque([x, *[i for _, i in used]], [shape], "several selections at once")[0]
+    for _, i in used:
+        walk.stop(i, "its entries are used as indices")
     dims = [d for d, _ in used]
     for d in dims:
         if not x.given and not walk.structure.is_data(x.axes[d]):
@@ -88,10 +90,6 @@ def index(walk: Walk, node: Any, x: Value, indices: list[Value | None]) -> Value
     return walk.remap(x, axes, links)
 
 
-def total_rank(value: Value) -> int:
-    return value.rank
-
-
 @RULES.op("aten.gather", "aten.take_along_dim")
 def gather(walk: Walk, node: Any, x: Value, dim: int, index: Value, *rest: Any, **kwargs: Any) -> Value:
     """Entries of one axis chosen for every position of the others."""
@@ -100,6 +98,7 @@ def gather(walk: Walk, node: Any, x: Value, dim: int, index: Value, *rest: Any, 
     others = [i for i in range(x.rank) if i != dim]
     if x.given or any(not walk.structure.is_data(x.axes[i]) for i in others):
         return walk.opaque([x, index], [shape], "gather across axes that carry parameters")[0]
+    walk.consume(index, "its entries are used as indices")
     if index.range_of is not None:
         source, axis = index.range_of
         walk.structure.unify(x.axes[dim], source.axes[axis])
@@ -110,8 +109,6 @@ def gather(walk: Walk, node: Any, x: Value, dim: int, index: Value, *rest: Any, 
     axes = [walk.structure.axis(n, True) for n in shape]
     walk.use(x)
     out = walk.value(axes)
-    from regauge.facts import Reduce
-
     walk.record(Reduce(*walk.where, out, x, (), tuple(range(x.rank)), Law.GENERIC))
     return out
 
@@ -121,8 +118,9 @@ def one_hot(walk: Walk, node: Any, index: Value, classes: int = -1) -> Value:
     """The chosen index as a unit vector: permuted with the axis it indexes."""
     shape = _shape_of(node)
     if index.range_of is None:
-        return walk.given(shape)
+        return walk.opaque([index], [shape], "one-hot of indices of unknown origin")[0]
     source, axis = index.range_of
+    walk.consume(index, "its entries are used as indices")
     if total(source.axes[axis]) != shape[-1]:
         return walk.opaque([index], [shape], "one-hot of another length than the axis chosen from")[0]
     out = walk.value([*[walk.structure.axis(n, True) for n in shape[:-1]], source.axes[axis]])
@@ -130,9 +128,9 @@ def one_hot(walk: Walk, node: Any, index: Value, classes: int = -1) -> Value:
     return out
 
 
-@RULES.op("aten.scatter", "aten.scatter_add", "aten.scatter_", "aten.scatter_add_")
-def scatter(walk: Walk, node: Any, x: Value, dim: int, index: Value, src: Any = 0.0, **kwargs: Any) -> Value:
-    """Values written at chosen indices of a constant tensor: permuted with the axis they index."""
+@RULES.op("aten.scatter", "aten.scatter_add", "aten.scatter_reduce")
+def scatter(walk: Walk, node: Any, x: Value, dim: int, index: Value, src: Any = 0.0, *rest: Any, **kwargs: Any) -> Value:
+    """Values written at chosen indices of a tensor of one number: permuted with the axis they index."""
     shape = _shape_of(node)
     dim %= len(shape)
     values = [v for v in (x, index, src) if isinstance(v, Value)]
@@ -140,15 +138,16 @@ def scatter(walk: Walk, node: Any, x: Value, dim: int, index: Value, src: Any = 
     live_src = isinstance(src, Value) and not src.given
     if (
         source is None
-        or not x.given
+        or x.id not in walk.uniform
         or total(source[0].axes[source[1]]) != shape[dim]
         or (live_src and any(not walk.structure.is_data(axis) for axis in src.axes))
     ):
         return walk.opaque(values, [shape], "scatter into a tensor that carries parameters")[0]
+    walk.consume(index, "its entries are used as indices")
     axes = [walk.structure.axis(n, True) for n in shape]
     axes[dim] = source[0].axes[source[1]]
     if live_src:
-        src = walk.unary(src, Law.GENERIC)
+        walk.unary(src, Law.GENERIC)
     out = walk.value(axes)
     walk.record(AlignPermutation(*walk.where, out, dim, source[0], source[1]))
     return out

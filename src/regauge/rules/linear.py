@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from regauge.facts import Law, Value
+from regauge.facts import Law, Link, Value
 from regauge.interpret import Walk
 from regauge.rules.table import Table
 
@@ -23,11 +23,9 @@ def linear(walk: Walk, node: Any, x: Value, w: Value, b: Value | None = None) ->
     return y if b is None else walk.pointwise([y, b], Law.SUM)
 
 
-@RULES.op("aten.mm", "aten.matmul", "aten.bmm", "aten.dot", "aten.mv", "aten.__matmul__", "aten.inner")
+@RULES.op("aten.mm", "aten.matmul", "aten.bmm", "aten.dot", "aten.mv", "aten.vdot")
 def matmul(walk: Walk, node: Any, a: Value, b: Value) -> Value:
     """c[…, i, j] = Σ_k a[…, i, k] b[…, k, j]."""
-    if node.target.overloadpacket.__name__ == "inner":
-        return walk.opaque([a, b], [tuple(int(n) for n in node.meta["val"].shape)], "inner")[0]
     la = ["k"] if a.rank == 1 else ["i", "k"]
     lb = ["k"] if b.rank == 1 else ["k", "j"]
     depth = max(a.rank, b.rank, 2) - 2
@@ -88,15 +86,15 @@ def einsum(walk: Walk, node: Any, equation: str, operands: list[Value], **kwargs
 
 
 @RULES.op("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution", "aten.conv_transpose1d",
-          "aten.conv_transpose2d")  # fmt: skip
-def convolution(walk: Walk, node: Any, x: Value, w: Value, b: Value | None = None, *rest: Any, **kwargs: Any) -> Value:
+          "aten.conv_transpose2d", "aten.conv_transpose3d")  # fmt: skip
+def convolution(walk: Walk, node: Any, x: Value, w: Value, b: Value | None = None, *rest: Any) -> Value:
     """y[n, o, …] = Σ_{i, k} x[n, i, … + k] w[o, i, k]: a linear map of channels for every offset;
     positions are mixed and therefore stopped. Groups split both channel axes."""
     name = node.target.overloadpacket.__name__
     shape = tuple(int(n) for n in node.meta["val"].shape)
     transposed = "transpose" in name or (name == "convolution" and len(rest) > 3 and bool(rest[3]))
-    index = 5 if name == "convolution" else (4 if "transpose" in name else 3)
-    groups = int(rest[index]) if len(rest) > index else int(kwargs.get("groups", 1))
+    index = 5 if name == "convolution" else 3
+    groups = int(rest[index]) if len(rest) > index else 1
     unbatched = x.rank == w.rank - 1
     if unbatched:
         x = walk.reshape(x, (1, *x.shape))
@@ -138,8 +136,6 @@ def convolution(walk: Walk, node: Any, x: Value, w: Value, b: Value | None = Non
 
 def _spread(walk: Walk, y: Value, shape: tuple[int, ...]) -> Value:
     """The same channels at every position; positions are data."""
-    from regauge.facts import Link
-
     if y.given:
         return walk.given(shape)
     axes = [*y.axes[:2], *[walk.structure.axis(n, True) for n in shape[2:]]]

@@ -7,6 +7,7 @@ from typing import Any
 
 from regauge.facts import Law, Value
 from regauge.interpret import Walk
+from regauge.rules.elementwise import first
 from regauge.rules.table import Table
 
 RULES = Table()
@@ -36,9 +37,7 @@ def layer_norm(walk: Walk, node: Any, x: Value, shape: Sequence[int], gain: Valu
     """y = g · (x − mean) / sqrt(var + eps) + b over the trailing axes."""
     over = list(range(x.rank - len(shape), x.rank))
     y = _affine(walk, _standardise(walk, x, over, eps), gain, shift)
-    if isinstance(node.meta["val"], (list, tuple)):
-        return [y, *[walk.given(tuple(int(n) for n in item.shape)) for item in node.meta["val"][1:]]]
-    return y
+    return first(walk, node, x, y) if isinstance(node.meta["val"], (list, tuple)) else y
 
 
 @RULES.op("aten.rms_norm", "aten._fused_rms_norm")
@@ -46,26 +45,25 @@ def rms_norm(walk: Walk, node: Any, x: Value, shape: Sequence[int], gain: Value 
     """y = g · x / sqrt(mean(x²) + eps) over the trailing axes."""
     over = list(range(x.rank - len(shape), x.rank))
     y = _affine(walk, _standardise(walk, x, over, 1.0, centre=False), gain, None)
-    if isinstance(node.meta["val"], (list, tuple)):
-        return [y, walk.given(tuple(int(n) for n in node.meta["val"][1].shape))]
-    return y
+    return first(walk, node, x, y) if isinstance(node.meta["val"], (list, tuple)) else y
 
 
-@RULES.op("aten.group_norm", "aten.native_group_norm")
-def group_norm(walk: Walk, node: Any, x: Value, *args: Any, **kwargs: Any) -> Any:
+@RULES.op("aten.native_group_norm")
+def native_group_norm(walk: Walk, node: Any, x: Value, gain: Value | None, shift: Value | None, n: int, channels: int,
+                      positions: int, groups: int, eps: float) -> Any:  # fmt: skip
+    """The same with its arguments in another order."""
+    return group_norm(walk, node, x, groups, gain, shift, eps)
+
+
+@RULES.op("aten.group_norm")
+def group_norm(walk: Walk, node: Any, x: Value, groups: int, gain: Value | None = None, shift: Value | None = None,
+               eps: float = 1e-5, cudnn: bool = True) -> Any:  # fmt: skip
     """LayerNorm over each group of channels and all positions."""
-    native = node.target.overloadpacket.__name__.startswith("native")
-    if native:
-        gain, shift, _, channels, _, groups, eps = args
-    else:
-        groups, gain, shift, eps = (list(args) + [None, None, 1e-5][len(args) - 1 :])[:4]
-        channels = x.shape[1]
+    channels = x.shape[1]
     wide = walk.reshape(x, (x.shape[0], groups, channels // groups, *x.shape[2:]))
     y = walk.reshape(_standardise(walk, wide, range(2, wide.rank), eps or 1.0), x.shape)
     y = _affine(walk, y, _channel(walk, gain, x), _channel(walk, shift, x))
-    if isinstance(node.meta["val"], (list, tuple)):
-        return [y, *[walk.given(tuple(int(n) for n in item.shape)) for item in node.meta["val"][1:]]]
-    return y
+    return first(walk, node, x, y) if isinstance(node.meta["val"], (list, tuple)) else y
 
 
 def _channel(walk: Walk, vector: Value | None, x: Value) -> Value | None:
@@ -76,27 +74,34 @@ def _channel(walk: Walk, vector: Value | None, x: Value) -> Value | None:
 
 
 @RULES.op("aten.batch_norm", "aten.native_batch_norm", "aten._native_batch_norm_legit_no_training",
-          "aten.cudnn_batch_norm", "aten._batch_norm_with_update")  # fmt: skip
+          "aten.cudnn_batch_norm")  # fmt: skip
 def batch_norm(walk: Walk, node: Any, x: Value, gain: Value | None, shift: Value | None,
                mean: Value | None, var: Value | None, *rest: Any) -> Any:  # fmt: skip
     """y = g · (x − m) / sqrt(v + eps) + b with stored statistics m and v, which are parameters."""
-    if mean is None or var is None:
-        over = [0, *range(2, x.rank)]
-        y = _standardise(walk, x, over, 1.0)
+    training = not node.target.overloadpacket.__name__.endswith("no_training") and bool(rest[0])
+    if mean is None or var is None or training:
+        y = _standardise(walk, x, [0, *range(2, x.rank)], 1.0)
     else:
-        m, v = _channel(walk, mean, x), _channel(walk, var, x)
-        assert m is not None
-        assert v is not None
-        y = walk.pointwise([x, m], Law.SUM)
-        y = walk.product(y, walk.unary(walk.shifted(v), Law.POWER, -0.5))
+        y = _stored(walk, x, mean, var)
     y = _affine(walk, y, _channel(walk, gain, x), _channel(walk, shift, x))
-    if isinstance(node.meta["val"], (list, tuple)):
-        return [y, *[walk.given(tuple(int(n) for n in item.shape)) for item in node.meta["val"][1:]]]
-    return y
+    return first(walk, node, x, y) if isinstance(node.meta["val"], (list, tuple)) else y
+
+
+def _stored(walk: Walk, x: Value, mean: Value, var: Value) -> Value:
+    """(x − m) / sqrt(v + eps), channel by channel."""
+    m, v = _channel(walk, mean, x), _channel(walk, var, x)
+    assert m is not None
+    assert v is not None
+    y = walk.pointwise([x, m], Law.SUM)
+    return walk.product(y, walk.unary(walk.shifted(v), Law.POWER, -0.5))
 
 
 @RULES.op("aten.instance_norm")
-def instance_norm(walk: Walk, node: Any, x: Value, gain: Value | None, shift: Value | None, *rest: Any) -> Value:
+def instance_norm(walk: Walk, node: Any, x: Value, gain: Value | None, shift: Value | None,
+                  mean: Value | None, var: Value | None, from_input: bool, *rest: Any) -> Value:  # fmt: skip
     """LayerNorm over the positions of each channel."""
-    y = _standardise(walk, x, range(2, x.rank), 1.0)
+    if from_input or mean is None or var is None:
+        y = _standardise(walk, x, range(2, x.rank), 1.0)
+    else:
+        y = _stored(walk, x, mean, var)
     return _affine(walk, y, _channel(walk, gain, x), _channel(walk, shift, x))

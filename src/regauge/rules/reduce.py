@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from regauge.facts import Law, Value
+from regauge.facts import Law, Reduce, Value
 from regauge.interpret import Walk
+from regauge.rules.elementwise import first
 from regauge.rules.table import Table
 
 RULES = Table()
@@ -41,39 +43,48 @@ def variance(walk: Walk, node: Any, x: Value, dim: Any = None, *rest: Any, **kwa
 
 
 @RULES.op("aten.linalg_vector_norm", "aten.norm")
-def vector_norm(walk: Walk, node: Any, x: Value, p: Any = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Value:
-    """‖x‖₂ = (Σ x²)^½: rotations keep it; other norms are homogeneous and even."""
+def vector_norm(walk: Walk, node: Any, x: Value, p: Any = 2, dim: Any = None, keepdim: bool = False, *rest: Any,
+                **kwargs: Any) -> Value:  # fmt: skip
+    """‖x‖₂ = (Σ x²)^½: rotations keep it; other norms are homogeneous and even; p = 0 counts."""
     dims = _dims(x, dim)
     if p is None or float(p) == 2.0:
         return walk.unary(walk.reduce(walk.square(x), dims, keepdim, Law.SUM), Law.POWER, 0.5)
+    if float(p) == 0.0:
+        return walk.reduce(x, dims, keepdim, Law.GENERIC)
     return walk.reduce(walk.unary(x, Law.ABSOLUTE), dims, keepdim, Law.HOMOGENEOUS)
 
 
-@RULES.op("aten.amax", "aten.amin", "aten.max", "aten.min", "aten.max_pool1d", "aten.max_pool2d")
-def extreme(walk: Walk, node: Any, x: Value, dim: Any = None, keepdim: bool = False, *rest: Any, **kwargs: Any) -> Any:
-    """max over an axis: positively homogeneous. Pooling: the same, over data positions."""
-    name = node.target.overloadpacket.__name__
-    if name.startswith("max_pool"):
-        return pool(walk, node, x, Law.HOMOGENEOUS)
+@RULES.op("aten.amax", "aten.amin")
+def extreme(walk: Walk, node: Any, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
+    """max or min over axes: positively homogeneous."""
+    return walk.reduce(x, _dims(x, dim), keepdim, Law.HOMOGENEOUS)
+
+
+@RULES.op("aten.max", "aten.min", "aten.aminmax")
+def extreme_at(walk: Walk, node: Any, x: Value, dim: Any = None, keepdim: bool = False) -> Any:
+    """max or min over one axis, and where it is; of two tensors, entry by entry."""
     if isinstance(dim, Value):
         return walk.pointwise([x, dim], Law.GENERIC)
-    out = walk.reduce(x, _dims(x, dim), keepdim, Law.HOMOGENEOUS)
-    if isinstance(node.meta["val"], (list, tuple)):
-        indices = walk.given(out.shape)
-        indices.range_of = (x, dim % x.rank)
-        indices.given = False
-        return [out, indices]
+    if not isinstance(node.meta["val"], (list, tuple)):
+        return walk.reduce(x, _dims(x, dim), keepdim, Law.HOMOGENEOUS)
+    if node.target.overloadpacket.__name__ == "aminmax":
+        return [walk.reduce(x, _dims(x, dim), keepdim, Law.HOMOGENEOUS) for _ in range(2)]
+    return [walk.reduce(x, [dim], keepdim, Law.HOMOGENEOUS), _index_of(walk, x, dim, keepdim)]
+
+
+def _index_of(walk: Walk, x: Value, dim: int, keepdim: bool) -> Value:
+    out = walk.reduce(x, [dim], keepdim, Law.GENERIC)
+    if not x.given:
+        out.range_of = (x, dim % x.rank)
     return out
 
 
-def pool(walk: Walk, node: Any, x: Value, law: Law) -> Value:
-    """Windows over trailing positions: those axes must be data; the others pass."""
-    from regauge.facts import Reduce
-
-    shape = tuple(int(n) for n in node.meta["val"].shape)
+def pool(walk: Walk, x: Value, shape: Sequence[int], spatial: int, law: Law) -> Value:
+    """Windows over the trailing positions: those axes must be data; the others pass."""
     axes = list(x.axes)
-    changed = [i for i in range(x.rank) if shape[i] != x.shape[i] or i >= 2 + (x.rank == 2) - (x.rank == 3)]
-    changed = [i for i in range(x.rank) if i >= x.rank - (len(shape) - 2) or shape[i] != x.shape[i]]
+    changed = list(range(x.rank - spatial, x.rank))
+    if len(shape) != x.rank or spatial < 1 or any(shape[i] != x.shape[i] for i in range(x.rank - spatial)):
+        raise ValueError("pooling that changes other axes than the last ones")
     for i in changed:
         if not walk.structure.is_data(axes[i]):
             walk.stop(x, "pooled over windows of this axis", [i])
@@ -86,84 +97,111 @@ def pool(walk: Walk, node: Any, x: Value, law: Law) -> Value:
     return out
 
 
+def _spatial(node: Any) -> int:
+    """Number of positions axes, from the name of the operation (avg_pool2d)."""
+    return int(node.target.overloadpacket.__name__.removesuffix("_with_indices")[-2])
+
+
 @RULES.op("aten.avg_pool1d", "aten.avg_pool2d", "aten.adaptive_avg_pool2d", "aten.adaptive_avg_pool1d",
           "aten._adaptive_avg_pool2d", "aten.upsample_nearest2d", "aten.upsample_bilinear2d",
-          "aten.upsample_bicubic2d", "aten.avg_pool3d", "aten.upsample_nearest1d", "aten.upsample_linear1d")  # fmt: skip
+          "aten.upsample_bicubic2d", "aten.avg_pool3d", "aten.upsample_nearest1d", "aten.upsample_linear1d",
+          "aten.adaptive_avg_pool3d", "aten._upsample_bilinear2d_aa", "aten._upsample_bicubic2d_aa",
+          "aten.upsample_nearest3d", "aten.upsample_trilinear3d", "aten._upsample_nearest_exact2d")  # fmt: skip
 def linear_pool(walk: Walk, node: Any, x: Value, *rest: Any, **kwargs: Any) -> Value:
     """Linear along positions, channel by channel."""
-    return pool(walk, node, x, Law.SUM)
+    return pool(walk, x, tuple(int(n) for n in node.meta["val"].shape), _spatial(node), Law.SUM)
 
 
-@RULES.op("aten.max_pool2d_with_indices", "aten.adaptive_max_pool2d")
+@RULES.op("aten.max_pool1d", "aten.max_pool2d", "aten.max_pool3d", "aten.max_pool2d_with_indices",
+          "aten.adaptive_max_pool1d", "aten.adaptive_max_pool2d", "aten.max_pool3d_with_indices")  # fmt: skip
 def max_pool(walk: Walk, node: Any, x: Value, *rest: Any, **kwargs: Any) -> Any:
     """Positively homogeneous, channel by channel."""
-    import copy
-
-    view = copy.copy(node.meta)
-    view["val"] = node.meta["val"][0]
-    fake = type("Node", (), {"meta": view})
-    out = pool(walk, fake, x, Law.HOMOGENEOUS)
-    return [out, walk.given(out.shape)]
+    example = node.meta["val"]
+    several = isinstance(example, (list, tuple))
+    shape = tuple(int(n) for n in (example[0] if several else example).shape)
+    out = pool(walk, x, shape, _spatial(node), Law.HOMOGENEOUS)
+    return first(walk, node, x, out) if several else out
 
 
-@RULES.op("aten.logsumexp", "aten.prod", "aten.median", "aten.any", "aten.all", "aten.quantile")
-def generic_reduce(walk: Walk, node: Any, x: Value, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Value:
-    """Symmetric in the entries of the axis: only permutations are claimed."""
+@RULES.op("aten.logsumexp", "aten.any", "aten.all")
+def symmetric(walk: Walk, node: Any, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
+    """Symmetric in the entries of the axes: only permutations are claimed."""
     return walk.reduce(x, _dims(x, dim), keepdim, Law.GENERIC)
+
+
+@RULES.op("aten.prod", "aten.median", "aten.count_nonzero")
+def symmetric_one(walk: Walk, node: Any, x: Value, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
+    """Symmetric in the entries of one axis, or of all."""
+    out = walk.reduce(x, _dims(x, dim), bool(keepdim), Law.GENERIC)
+    if not isinstance(node.meta["val"], (list, tuple)):
+        return out
+    return [out, _index_of(walk, x, dim, keepdim)]
 
 
 @RULES.op("aten.argmax", "aten.argmin")
 def argmax(walk: Walk, node: Any, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
     """An index of the axis: permuted with it."""
     if dim is None:
-        return walk.opaque([x], [tuple(int(n) for n in node.meta["val"].shape)], "argmax over all axes")[0]
-    out = walk.reduce(x, [dim], keepdim, Law.GENERIC)
-    out.range_of = (x, dim % x.rank)
-    return out
+        raise ValueError("an index into all axes at once")
+    return _index_of(walk, x, dim, keepdim)
 
 
-@RULES.op("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax")
+@RULES.op("aten.softmax", "aten._softmax", "aten._safe_softmax")
 def softmax(walk: Walk, node: Any, x: Value, dim: int, *rest: Any, **kwargs: Any) -> Value:
     """Symmetric in the entries of the axis, blind to a constant added along it, sums to one."""
-    out = walk.softmax(x, dim)
-    if "log" in node.target.overloadpacket.__name__:
-        out.normalised = None
-    return out
+    return walk.softmax(x, dim)
+
+
+@RULES.op("aten.log_softmax", "aten._log_softmax")
+def log_softmax(walk: Walk, node: Any, x: Value, dim: int, *rest: Any, **kwargs: Any) -> Value:
+    """log of softmax."""
+    return walk.unary(walk.softmax(x, dim), Law.GENERIC)
 
 
 @RULES.op("aten.cumsum", "aten.cumprod", "aten.logcumsumexp")
 def cumulative(walk: Walk, node: Any, x: Value, dim: int, **kwargs: Any) -> Value:
     """Mixes positions in order: the axis is stopped; cumsum is linear along the others."""
-    from regauge.facts import Link
-
     dim %= x.rank
     name = node.target.overloadpacket.__name__
-    axes = list(x.axes)
-    if not walk.structure.is_data(axes[dim]):
+    walk.use(x)
+    if not walk.structure.is_data(x.axes[dim]):
         walk.stop(x, f"{name} runs along this axis", [dim])
-        walk.structure.rigid(axes[dim])
-        axes[dim] = walk.structure.axis(x.shape[dim], True)
-    if name != "cumsum":
-        x = walk.unary(x, Law.GENERIC)
-    return walk.remap(x, axes, [Link((i,), (i,)) for i in range(x.rank)])
+        walk.structure.rigid(x.axes[dim])
+    axes = [walk.structure.axis(n, True) if i == dim else x.axes[i] for i, n in enumerate(x.shape)]
+    out = walk.value(axes)
+    law = Law.SUM if name == "cumsum" else Law.GENERIC
+    keep = tuple((i, i) for i in range(x.rank) if i != dim)
+    walk.record(Reduce(*walk.where, out, x, keep, (dim,), law))
+    return out
 
 
-@RULES.op("aten.topk", "aten.sort")
-def topk(walk: Walk, node: Any, x: Value, *args: Any, **kwargs: Any) -> list[Value]:
+@RULES.op("aten.topk")
+def topk(walk: Walk, node: Any, x: Value, k: int, dim: int = -1, *rest: Any) -> list[Value]:
     """The largest entries in order: the same for every arrangement; the indices move along."""
-    from regauge.facts import Reduce
+    return _ordered(walk, node, x, dim)
 
-    name = node.target.overloadpacket.__name__
-    shape = tuple(int(n) for n in node.meta["val"][0].shape)
-    dim = kwargs.get("dim", (args[1] if len(args) > 1 else -1) if name == "topk" else (args[0] if args else -1))
+
+@RULES.op("aten.sort")
+def sort(walk: Walk, node: Any, x: Value, dim: int = -1, *rest: Any, **kwargs: Any) -> list[Value]:
+    """All entries in order."""
+    return _ordered(walk, node, x, kwargs.get("dim", dim))
+
+
+@RULES.op("aten.argsort")
+def argsort(walk: Walk, node: Any, x: Value, dim: int = -1, *rest: Any, **kwargs: Any) -> Value:
+    """The indices that sort an axis."""
+    return _ordered(walk, node, x, kwargs.get("dim", dim))[1]
+
+
+def _ordered(walk: Walk, node: Any, x: Value, dim: int) -> list[Value]:
+    example = node.meta["val"]
+    size = int((example[0] if isinstance(example, (list, tuple)) else example).shape[dim])
     dim %= x.rank
     walk.use(x)
-    axes = [axis if i != dim else walk.structure.axis(shape[dim], True) for i, axis in enumerate(x.axes)]
+    axes = [axis if i != dim else walk.structure.axis(size, True) for i, axis in enumerate(x.axes)]
     keep = tuple((i, i) for i in range(x.rank) if i != dim)
     values, indices = walk.value(axes), walk.value(axes)
     walk.record(Reduce(*walk.where, values, x, keep, (dim,), Law.GENERIC))
     walk.record(Reduce(*walk.where, indices, x, keep, (dim,), Law.GENERIC))
     indices.range_of = (x, dim)
-    if name == "sort":
-        indices.range_of = (x, dim)
     return [values, indices]

@@ -17,6 +17,7 @@ from regauge.interpret import Walk, op_name
 
 _SAME = ("aten.to", "aten._to_copy", "aten.contiguous", "aten.clone", "aten.alias", "aten.type_as")
 _TABLE_SCALE = ("aten.mul", "aten.div")
+_RESULTS = ("aten.add", "aten.sub", "aten.cat", "aten.flatten", "aten.view", "aten.reshape")
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,18 @@ class Match:
             for value in (x, *tables):
                 walk.stop(value, "is rotated by angles that depend on parameters")
             return walk.given(x.shape)
+        for table in self.tables:
+            sizes = _shape(table)[:-1]
+            for axis in range(max(0, x.rank - 1 - len(sizes)), x.rank - 1):
+                if sizes[axis - (x.rank - 1)] > 1 and not walk.structure.is_data(x.axes[axis]):
+                    walk.stop(x, "is rotated by angles of its own at every index", [axis])
         axis = x.rank - 1
         size = x.shape[axis]
         wide = (size // 2, 2) if self.interleaved else (2, size // 2)
         probe, _ = walk.structure.regroup([x.axes[axis]], wide)
         two, pairs = (probe[1], probe[0]) if self.interleaved else (probe[0], probe[1])
         if len(two) != 1 or walk.structure.is_data(two):
-            walk.stop(x, "is rotated in pairs that do not match its layout", [axis])
+            walk.stop(x, "is rotated in pairs that do not match its layout")
             return walk.given(x.shape)
         walk.use(x)
         out = walk.value(list(x.axes))
@@ -167,6 +173,15 @@ def _table_key(node: Any, half: tuple[int, int, int]) -> str | None:
     return None
 
 
+def _label(table: fx.Node, half: tuple[int, int, int]) -> str | None:
+    """Equal for equal tables that meet the same positions of the other axes."""
+    key = _table_key(table, half)
+    lead = list(_shape(table)[:-1])
+    while lead and lead[0] == 1:
+        lead.pop(0)
+    return None if key is None else f"{key}@{lead}"
+
+
 def _forms(reader: _Reader, node: fx.Node, depth: int = 0) -> list[tuple[int, int, int, Form]] | None:
     """Each part (start, length, step) of node's last axis as signed sums of halves times tables."""
     if node in reader.memo:
@@ -203,7 +218,7 @@ def _read(reader: _Reader, node: Any, depth: int) -> list[tuple[int, int, int, F
             for a, n, s, form in inner:
                 if any(key for _, key in form):
                     return None
-                label = _table_key(table, (a, n, s))
+                label = _label(table, (a, n, s))
                 if label is None:
                     return None
                 reader.tables.setdefault(label, table)
@@ -277,7 +292,7 @@ def _combine(reader: _Reader, left: _Side, right: _Side, sign: int) -> list[tupl
             continue
         out = []
         for a, n, s, f in forms:
-            label = _table_key(table, (a, n, s))
+            label = _label(table, (a, n, s))
             if label is None:
                 return None
             reader.tables.setdefault(label, table)
@@ -293,7 +308,11 @@ def find_rotary(graph: fx.Graph) -> Matches:
     matches = Matches()
     reader = _Reader()
     for node in graph.nodes:
-        if node.op != "call_function" or op_name(node) not in ("aten.add", "aten.sub", "aten.cat", "aten.flatten", "aten.view", "aten.reshape"):
+        if node.op != "call_function" or op_name(node) not in _RESULTS:
+            continue
+        turned = _complex(node)
+        if turned is not None:
+            matches[node] = turned
             continue
         forms = _forms(reader, node)
         if forms is None or len(forms) != 2:
@@ -303,6 +322,31 @@ def find_rotary(graph: fx.Graph) -> Matches:
             matches[node] = match
     matches.hidden = _unneeded(graph, matches)
     return matches
+
+
+def _complex(node: fx.Node) -> Match | None:
+    """Pairs viewed as complex numbers, multiplied by a table, and viewed as pairs again."""
+
+    def is_call(found: Any, *names: str) -> bool:
+        return isinstance(found, fx.Node) and found.op == "call_function" and op_name(found) in names
+
+    back = node.args[0]
+    if not is_call(back, "aten.view_as_real") or not is_call(_strip(back.args[0]), "aten.mul"):
+        return None
+    product = _strip(back.args[0])
+    for pairs, table in (product.args, tuple(reversed(product.args))):
+        pairs = _strip(pairs)
+        if not is_call(pairs, "aten.view_as_complex") or not isinstance(table, fx.Node):
+            continue
+        split = _strip(pairs.args[0])
+        if not is_call(split, "aten.view", "aten.reshape", "aten.unflatten"):
+            continue
+        source = _strip(split.args[0])
+        if not isinstance(source, fx.Node) or _shape(source) != _shape(node):
+            continue
+        if _shape(split) == (*_shape(source)[:-1], _shape(source)[-1] // 2, 2) and _shape(product) == _shape(pairs):
+            return Match(source, True, (table,), node)
+    return None
 
 
 def _unneeded(graph: fx.Graph, matches: Matches) -> set[fx.Node]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from regauge.facts import Value
+from regauge.facts import Law, Link, Value
 from regauge.interpret import Walk
 from regauge.rules.table import Table
+from regauge.structure import Axis
 
 RULES = Table()
 
@@ -17,9 +19,11 @@ def _shape_of(node: Any) -> tuple[int, ...]:
 
 @RULES.op("aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten",
           "aten.unsqueeze", "aten.squeeze", "aten.view_as", "aten.reshape_as", "aten._reshape_alias",
-          "aten.unsqueeze_", "aten.squeeze_", even_given=True)  # fmt: skip
+          "aten.view_copy", even_given=True)  # fmt: skip
 def view(walk: Walk, node: Any, x: Value, *rest: Any) -> Value:
     """Row-major regrouping: an axis splits into factors, or factors merge into an axis."""
+    if str(node.target._overloadname) == "dtype":
+        raise ValueError("bits read as another type")
     return walk.reshape(x, _shape_of(node))
 
 
@@ -29,7 +33,7 @@ def permute(walk: Walk, node: Any, x: Value, order: list[int]) -> Value:
     return walk.permute(x, order)
 
 
-@RULES.op("aten.transpose", "aten.transpose_", "aten.swapaxes", even_given=True)
+@RULES.op("aten.transpose", "aten.swapaxes", even_given=True)
 def transpose(walk: Walk, node: Any, x: Value, a: int, b: int) -> Value:
     """Two axes change places."""
     order = list(range(x.rank))
@@ -38,7 +42,7 @@ def transpose(walk: Walk, node: Any, x: Value, a: int, b: int) -> Value:
     return walk.permute(x, order)
 
 
-@RULES.op("aten.t", "aten.numpy_T", "aten.mT", even_given=True)
+@RULES.op("aten.t", "aten.mT", even_given=True)
 def t(walk: Walk, node: Any, x: Value) -> Value:
     """Matrix transpose."""
     order = list(range(x.rank))
@@ -96,6 +100,27 @@ def slice_(walk: Walk, node: Any, x: Value, dim: int = 0, start: Any = None, end
     return walk.slice(x, dim, 0 if start is None else start, size if end is None else min(end, size), step)
 
 
+@RULES.op("aten.slice_scatter")
+def slice_scatter(walk: Walk, node: Any, x: Value, src: Value, dim: int = 0, start: Any = None, end: Any = None,
+                  step: int = 1) -> Value:  # fmt: skip
+    """x with a part of an axis replaced: the parts before, the new one, the parts after."""
+    size = x.shape[dim]
+    low = 0 if start is None else (start + size if start < 0 else min(start, size))
+    high = size if end is None else (end + size if end < 0 else min(end, size))
+    if step != 1:
+        raise ValueError("every second entry replaced")
+    parts = [walk.slice(x, dim, 0, low), src, walk.slice(x, dim, high, size)]
+    return walk.concat([part for part in parts if part.shape[dim]], dim)
+
+
+@RULES.op("aten.select_scatter")
+def select_scatter(walk: Walk, node: Any, x: Value, src: Value, dim: int, index: int) -> Value:
+    """x with one index of an axis replaced."""
+    dim, index = dim % x.rank, index % x.shape[dim]
+    wide = walk.reshape(src, [*x.shape[:dim], 1, *x.shape[dim + 1 :]])
+    return slice_scatter(walk, node, x, wide, dim, index, index + 1)
+
+
 @RULES.op("aten.narrow")
 def narrow(walk: Walk, node: Any, x: Value, dim: int, start: int, length: int) -> Value:
     """Part of an axis."""
@@ -147,51 +172,102 @@ def stack(walk: Walk, node: Any, items: list[Value], dim: int = 0) -> Value:
     return walk.concat(wide, dim)
 
 
-@RULES.op("aten.flip", "aten.roll", "aten.tril", "aten.triu", "aten.rot90", "aten.diagonal", "aten.unfold",
-          "aten.pixel_shuffle", "aten.pixel_unshuffle", "aten.im2col", "aten.as_strided", "aten.diag_embed",
-          "aten.channel_shuffle")  # fmt: skip
-def positions(walk: Walk, node: Any, x: Value, *rest: Any, **kwargs: Any) -> Value:
-    """Moves entries along some axes by a fixed rule: those are stopped; axes that only carry data
-    already need nothing."""
+@RULES.op("aten.flip", "aten.roll")
+def moved(walk: Walk, node: Any, x: Value, *rest: Any) -> Value:
+    """Entries in another order along some axes by a fixed rule: those axes are stopped."""
     name = node.target.overloadpacket.__name__
-    shape = _shape_of(node)
-    if name in ("flip", "roll"):
-        dims = rest[0] if name == "flip" else (rest[1] if len(rest) > 1 else list(range(x.rank)))
-        dims = [dims] if isinstance(dims, int) else list(dims) or list(range(x.rank))
-        touched = [d % x.rank for d in dims]
-    elif name in ("tril", "triu"):
-        touched = [x.rank - 2, x.rank - 1]
-    else:
-        return walk.opaque([x], [shape], f"{name} moves entries across axes")[0]
+    dims = rest[0] if name == "flip" else (rest[1] if len(rest) > 1 else [])
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    touched = [d % x.rank for d in dims] or list(range(x.rank))
+    axes = _stopped(walk, x, touched, x.shape, f"{name} moves entries along this axis")
+    return walk.remap(x, axes, _same(x.rank))
+
+
+def _same(rank: int) -> list[Link]:
+    return [Link((i,), (i,)) for i in range(rank)]
+
+
+def _stopped(walk: Walk, x: Value, touched: Sequence[int], shape: Sequence[int], reason: str) -> list[Axis]:
+    """Axes of ``x`` with the touched ones made data of the new sizes."""
     axes = list(x.axes)
     for d in touched:
-        if not walk.structure.is_data(axes[d]):
-            walk.stop(x, f"{name} moves entries along this axis", [d])
+        if not x.given and not walk.structure.is_data(axes[d]):
+            walk.stop(x, reason, [d])
             walk.structure.rigid(axes[d])
         axes[d] = walk.structure.axis(shape[d], True)
-    from regauge.facts import Link
+    return axes
 
-    return walk.remap(x, axes, [Link((i,), (i,)) for i in range(x.rank)])
+
+@RULES.op("aten.tril", "aten.triu")
+def triangle(walk: Walk, node: Any, x: Value, *rest: Any) -> Value:
+    """x times a triangle of ones."""
+    return walk.pointwise([x, walk.given(x.shape[-2:])], Law.PRODUCT, [1.0, 1.0])
+
+
+@RULES.op("aten.unfold")
+def unfold(walk: Walk, node: Any, x: Value, dim: int, size: int, step: int) -> Value:
+    """Windows of an axis: two axes of data in its place, the second one last."""
+    dim %= x.rank
+    axes = _stopped(walk, x, [dim], _shape_of(node), "cut into windows along this axis")
+    axes.append(walk.structure.axis(size, True))
+    return walk.remap(x, axes, [link for link in _same(x.rank) if link.src != (dim,)])
+
+
+@RULES.op("aten.im2col")
+def im2col(walk: Walk, node: Any, x: Value, *rest: Any) -> Value:
+    """Windows of positions: every channel becomes channel × offset, offsets innermost and stopped."""
+    n, wide, windows = _shape_of(node)
+    if x.rank != 4:
+        raise ValueError("im2col without a batch axis")
+    channels = x.shape[1]
+    axes = _stopped(walk, x, [2, 3], x.shape, "cut into windows along this axis")[:2]
+    axes += [walk.structure.axis(wide // channels, True), walk.structure.axis(windows, True)]
+    out = walk.remap(x, axes, _same(2))
+    return walk.reshape(out, (n, wide, windows))
+
+
+@RULES.op("aten.pixel_shuffle", "aten.pixel_unshuffle")
+def pixel_shuffle(walk: Walk, node: Any, x: Value, r: int) -> Value:
+    """Channels (c, r, r) become positions; the r × r part of the channel axis is stopped."""
+    shape = _shape_of(node)
+    *lead, c, h, w = shape if node.target.overloadpacket.__name__ == "pixel_unshuffle" else x.shape
+    k = len(lead)
+    if node.target.overloadpacket.__name__ == "pixel_unshuffle":
+        wide = walk.reshape(x, (*lead, c // r**2, h, r, w, r))
+        wide = walk.permute(wide, [*range(k), k, k + 2, k + 4, k + 1, k + 3])
+        return walk.reshape(_fixed(walk, wide, range(k + 1, k + 5)), shape)
+    wide = _fixed(walk, walk.reshape(x, (*lead, c // r**2, r, r, h, w)), range(k + 1, k + 5))
+    wide = walk.permute(wide, [*range(k), k, k + 3, k + 1, k + 4, k + 2])
+    return walk.reshape(wide, shape)
+
+
+def _fixed(walk: Walk, x: Value, axes: Iterable[int]) -> Value:
+    for d in axes:
+        if not x.given and not walk.structure.is_data(x.axes[d]):
+            walk.stop(x, "becomes positions", [d])
+            walk.structure.rigid(x.axes[d])
+    return x
 
 
 @RULES.op("aten.constant_pad_nd", "aten.pad", "aten.reflection_pad1d", "aten.reflection_pad2d",
-          "aten.replication_pad1d", "aten.replication_pad2d")  # fmt: skip
+          "aten.replication_pad1d", "aten.replication_pad2d", "aten.replication_pad3d",
+          "aten.reflection_pad3d")  # fmt: skip
 def pad(walk: Walk, node: Any, x: Value, amounts: list[int], *rest: Any) -> Value:
-    """Zeros around data axes pass every linear map; any other constant is a shift."""
-    from regauge.facts import Link
-
+    """Zeros around data axes pass every linear map; any other constant is a shift. Entries repeated
+    from the axis itself are a rearrangement."""
     shape = _shape_of(node)
     name = node.target.overloadpacket.__name__
-    axes = list(x.axes)
-    for d in range(x.rank):
-        if shape[d] != x.shape[d]:
-            if not walk.structure.is_data(axes[d]):
-                walk.stop(x, "padding on this axis", [d])
-                walk.structure.rigid(axes[d])
-            axes[d] = walk.structure.axis(shape[d], True)
-    mode = rest[0] if name == "pad" and rest else "constant"
+    pairs = list(zip(amounts[::2], amounts[1::2], strict=True))
+    touched = [x.rank - 1 - i for i, pair in enumerate(pairs) if tuple(pair) != (0, 0)]
+    axes = _stopped(walk, x, touched, shape, "is padded along this axis")
+    mode = (rest[0] if rest else "constant") if name == "pad" else ("constant" if name == "constant_pad_nd" else "")
     value = (rest[1] if len(rest) > 1 else 0.0) if name == "pad" else (rest[0] if rest else 0.0)
-    out = walk.remap(x, axes, [Link((i,), (i,)) for i in range(x.rank)])
-    if name in ("constant_pad_nd", "pad") and mode == "constant" and value not in (0, 0.0, None):
-        return walk.shifted(out)
-    return out
+    walk.use(x)
+    out = walk.remap(x, axes, _same(x.rank))
+    out.range_of = None
+    if mode != "constant":
+        return out
+    kept = walk.given([shape[d] if d in touched else 1 for d in range(x.rank)])
+    if value in (0, 0.0, None):
+        return walk.pointwise([out, kept], Law.PRODUCT, [1.0, 1.0])
+    return walk.pointwise([out, kept], Law.SHIFT)
