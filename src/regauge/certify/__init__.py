@@ -1,7 +1,7 @@
 """Evidence that two networks compute the same function.
 
 :func:`certify` compares two directories, :func:`certify_modules` two modules; :func:`compare_functions`
-measures, :func:`judge` decides, :func:`run` executes a traced graph in true float64.
+measures, :func:`judge` decides, :mod:`regauge.certify.run` executes a traced graph in true float64.
 """
 
 from regauge.certify.certificate import Certificate, Inputs, Subject, render, schema
@@ -16,7 +16,6 @@ from regauge.certify.measure import (
     compare_functions,
     judge,
 )
-from regauge.certify.run import run
 
 __all__ = [
     "Certificate",
@@ -34,6 +33,5 @@ __all__ = [
     "compare_functions",
     "judge",
     "render",
-    "run",
     "schema",
 ]

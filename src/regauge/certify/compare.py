@@ -18,7 +18,7 @@ from regauge.certify.certificate import Certificate, Inputs, Subject, software
 from regauge.certify.lazy import BLOCK
 from regauge.certify.measure import EXACT, FLOOR_FACTOR, Function, compare_functions, judge
 from regauge.checkpoint import Checkpoint
-from regauge.errors import BadInput, CheckpointError
+from regauge.errors import BadInput, CheckpointError, TraceError
 from regauge.trace import Trace, trace
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ TOKENS = 96
 LENGTH = 48
 MEMORY = 2 << 30
 ROWS = 2
+ITEMS = 4
+"""Items (images, waveforms) on which models without tokens are compared."""
 
 
 def certify(
@@ -51,7 +53,7 @@ def certify(
     Args:
         a, b: the original and the other directory.
         text: a UTF-8 file to take tokens from, with a's tokenizer; default: random inputs from ``seed``.
-        tokens: number of tokens to compare at least (items for other models).
+        tokens: number of tokens to compare at least, for models that read or write tokens.
         length: tokens in a row; capped by what the model admits.
         seed: of random inputs and of the rounding floor.
         max_memory: bytes to stay near, as far as outputs and blocks of weights decide it; default 2 GiB.
@@ -70,7 +72,7 @@ def certify(
         if ids is not None:
             length = min(length, len(ids))
         limit = (max_memory or MEMORY) // 2
-        rows = min(ROWS, max(1, math.ceil(tokens / length)))
+        rows = min(ROWS, max(1, math.ceil(tokens / length)))  # of one run
         while True:
             first = _open(Path(a), files_a, rows, length)
             row_bytes = sum(_numel(node) for node in first.trace.outputs) // rows * 32
@@ -90,15 +92,14 @@ def certify(
         second = _open(Path(b), files_b, rows, length)
         _same_interface(first, second)
         shapes = {name: tuple(value.shape) for name, value in first.model.inputs.items()}
-        per_row = shapes["input_ids"][1] if "input_ids" in shapes else 1
-        count = max(1, math.ceil(tokens / (rows * per_row)))
+        sizes = [math.prod(shapes[name]) for name in ("decoder_input_ids", "input_ids") if name in shapes]
+        count = max(1, math.ceil(tokens / sizes[0])) if sizes else ITEMS // rows
         if ids is not None:
             batches = _text_batches(ids, shapes, count)
         else:
             batches = [
                 first.model.real_inputs(batch=rows, length=length, seed=seed + i) for i in range(count)
             ]
-        logits = _has_logits(first)
         storage = _storage(first.weights, second.weights)
         evidence = compare_functions(
             first.function,
@@ -106,7 +107,7 @@ def certify(
             batches,
             exact=weights_b_exact,
             storage=storage,
-            logits=logits,
+            logits=first.logits,
             stored=stored,
             seed=seed,
             block=BLOCK if max_memory is None else max(1 << 16, min(BLOCK, max_memory // 256)),
@@ -256,6 +257,7 @@ class _Side:
     model: HFModel
     trace: Trace
     weights: StoredWeights
+    logits: bool
 
     @property
     def function(self) -> Function:
@@ -277,7 +279,7 @@ def _open(path: Path, files: Checkpoint, rows: int, length: int) -> _Side:
         path, batch=rows, length=length, experts="grouped_mm", dtype=floating[0] if floating else None
     )
     names = checkpoint_names(model, files.names)
-    traced = trace(model.model, kwargs=model.inputs)
+    traced, logits = _trace(model)
     for canonical, shape in traced.shapes.items():
         if canonical in names and files.shape(names[canonical]) != shape:
             raise CheckpointError(
@@ -295,7 +297,7 @@ def _open(path: Path, files: Checkpoint, rows: int, length: int) -> _Side:
                 found=", ".join(kept[1:]),
                 way_out='set "tie_word_embeddings": false in config.json',
             )
-    return _Side(path, model, traced, StoredWeights(files, names))
+    return _Side(path, model, traced, StoredWeights(files, names), logits)
 
 
 def _subject(name: str, architecture: str, digest: str, traced: Trace, weights: Any) -> Subject:
@@ -341,13 +343,15 @@ def _numel(node: fx.Node) -> int:
     return int(node.meta["val"].numel())
 
 
-def _has_logits(side: _Side) -> bool:
-    """Whether the function is the ``logits`` of the model, asked of the model on meta if need be."""
-    if side.trace.output_names:
-        return side.trace.output_names == ("logits",)
-    with torch.no_grad():
-        result = side.model.model(**side.model.inputs)
-    return isinstance(result, Mapping) and "logits" in result
+def _trace(model: HFModel) -> tuple[Trace, bool]:
+    """The trace, and whether the function is the ``logits`` of the model, not everything it returns."""
+    wanted = "logits"
+    try:
+        return trace(model.model, kwargs=model.inputs, outputs=(wanted,)), True
+    except TraceError as error:
+        if error.expected != wanted:
+            raise
+    return trace(model.model, kwargs=model.inputs), False
 
 
 # -- inputs --------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ EXACT = 1e-10
 FLOOR_FACTOR = 3.0
 """How many times the rounding floor still counts as rounding: one draw of the noise is an estimate, and a
 rewrite rounds other numbers than the original did."""
+
+POOL = 1 << 21
+"""Random steps drawn once and read by every row of every weight from a place of its own."""
 
 
 class Verdict(StrEnum):
@@ -284,41 +288,56 @@ class Rerounded:
             tensor = self.source(name)[index]
         return self._noisy(name, tensor.reshape(len(index), -1), index).reshape(tensor.shape)
 
+    @cached_property
+    def _pool(self) -> torch.Tensor:
+        return _steps(self.seed, POOL)
+
     def _noisy(self, name: str, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         dtype = self.storage(name) if self.storage is not None else rows.dtype
         if not (rows.is_floating_point() and dtype.is_floating_point):
             return rows
-        salt = int.from_bytes(hashlib.sha256(f"{self.seed}:{name}".encode()).digest()[:7], "little")
-        row_keys, column_keys = _mix(index + salt), _mix(torch.arange(rows.shape[1]) - salt)
-        step = max(1, BLOCK // max(1, rows.shape[1]))
+        salt = int.from_bytes(hashlib.sha256(f"{self.seed}:{name}".encode()).digest()[:4], "little")
+        width = max(1, rows.shape[1])
+        pool = self._pool if 2 * width <= POOL else _steps(self.seed, 2 * width)
+        pool = pool.unfold(0, width, 1)
+        starts = _mix(index + salt).to(torch.int64).abs() % len(pool)
         out = torch.empty(rows.shape, dtype=dtype)
-        for start in range(0, len(rows), step):
-            keys = row_keys[start : start + step, None] + column_keys
-            out[start : start + step] = _rerounded(rows[start : start + step], dtype, _mix(keys))
+        count = max(1, (1 << 18) // width)
+        for i in range(0, len(rows), count):
+            out[i : i + count] = _rerounded(rows[i : i + count], dtype, pool[starts[i : i + count]])
         return out
 
 
-def _rerounded(values: torch.Tensor, dtype: torch.dtype, keys: torch.Tensor) -> torch.Tensor:
-    """``values`` rounded to ``dtype``; those that are on its grid move by one ulp with probability 1/12."""
-    rounded = values.to(dtype, copy=True)
-    drawn = keys.bitwise_and_((1 << 24) - 1)
-    lowest = (1 << 24) // 24
-    moved = (drawn < lowest) | (drawn >= (1 << 24) - lowest)
-    if dtype != values.dtype:
-        moved &= rounded == values
-    chosen = rounded[moved].double()
-    up = torch.where(drawn[moved] < lowest, -1.0, 1.0)
-    info = torch.finfo(dtype)
-    exponent = torch.frexp(chosen).exponent - 1
-    ulp = torch.ldexp(torch.full_like(chosen, info.eps), exponent).clamp(min=info.smallest_normal * info.eps)
-    shifted = torch.where(chosen == 0, chosen, chosen + up * ulp).clamp(info.min, info.max)
-    rounded[moved] = shifted.to(dtype)
-    return rounded
+def _steps(seed: int, size: int) -> torch.Tensor:
+    """Random steps as int8: -1 and 1 with probability 1/24 each, else 0."""
+    drawn = torch.randint(24, (size,), dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
+    return (drawn == 0).to(torch.int8) - (drawn == 1).to(torch.int8)
 
 
 def _mix(keys: torch.Tensor) -> torch.Tensor:
     """A fixed scrambling of the low 32 bits of integers, as int32 that look random."""
     mixed = keys.to(torch.int32)
     for shift, factor in ((16, 0x7FEB352D), (15, -0x7B935975)):
-        mixed = mixed.bitwise_xor((mixed >> shift).bitwise_and_((1 << (32 - shift)) - 1)).mul_(factor)
-    return mixed.bitwise_xor_(mixed >> 16)
+        mixed = (mixed ^ ((mixed >> shift) & ((1 << (32 - shift)) - 1))) * factor
+    return mixed ^ (mixed >> 16)
+
+
+def _rerounded(values: torch.Tensor, dtype: torch.dtype, steps: torch.Tensor) -> torch.Tensor:
+    """``values`` rounded to ``dtype``; those that are on its grid already move by ``steps`` ulp."""
+    rounded = values.to(dtype, copy=True).contiguous()
+    if dtype not in _PATTERNS:
+        return rounded
+    still = rounded == 0
+    if dtype != values.dtype:
+        still |= rounded != values
+    # One ulp away from zero is the next bit pattern, whatever the sign.
+    moved = (rounded.view(_PATTERNS[dtype]) + steps.masked_fill(still, 0)).view(dtype)
+    return torch.where(torch.isfinite(moved), moved, rounded)
+
+
+_PATTERNS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
