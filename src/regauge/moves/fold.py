@@ -13,6 +13,7 @@ from regauge.atlas import Action, Generator, Kind
 from regauge.elements import Diagonal
 from regauge.errors import Refused
 from regauge.moves.base import Builder, Change, Move, Option, Preserves, Scene, State
+from regauge.shift import apply_shift, source_shift
 
 
 def _gain_generator(scene: Scene, gain: str, action: Action) -> Generator:
@@ -110,19 +111,16 @@ def _is_value_bias(scene: Scene, generator: Generator) -> bool:
 
 def _fold_translations(scene: Scene, value_bias: bool, what: str) -> Change:
     """Biases in order of use; later ones see what earlier ones left behind."""
-    from regauge.shift import shift_deltas
-
     builder = Builder(scene)
     read = _Overlay(scene)
     for generator in scene.atlas.of_kind(Kind.TRANSLATION):
         if _is_value_bias(scene, generator) is not value_bias:
             continue
         source = generator.actions[0]
-        copies = tuple(name for name, _ in generator.copies)
-        held = read_block(read(source.parameter), source, copies).squeeze(-1)
-        if not bool((held != 0).any()):
+        shift = source_shift(read(source.parameter), generator)
+        if not bool((shift != 0).any()):
             continue
-        for parameter, delta in shift_deltas(read, generator, -held, scene.shape).items():
+        for parameter, delta in apply_shift(read, generator, shift).items():
             builder.add(parameter, AddStep(delta))
             read.add(parameter, delta)
         builder.add(source.parameter, FillStep(source, 0.0, scene.shape(source.parameter)))

@@ -25,13 +25,13 @@ def plan_rotate(scene: Scene, options: Mapping[str, Any]) -> Change:
     builder = Builder(scene)
     want, style = options["space"], options["style"]
     residual = [g for g in scene.atlas.generators if g.kind in ROTATIONS and not g.copies]
-    plain = [g for g in scene.atlas.generators if g.kind is Kind.GENERAL_LINEAR and not g.copies]
-    heads = [g for g in scene.atlas.generators if g.kind in (*ROTATIONS, Kind.GENERAL_LINEAR) and g.copies]
+    heads = [g for g in scene.atlas.generators if g.kind is Kind.GENERAL_LINEAR]
+    heads += [g for g in scene.atlas.generators if g.kind in ROTATIONS and g.copies]
     pairs = list(scene.atlas.of_kind(Kind.COMPLEX))
     if want in ("residual", "all"):
         if not residual and want == "residual":
             raise refuse_kinds(scene, ROTATIONS, "rotation")
-        for generator in (*residual, *plain):
+        for generator in residual:
             builder.apply(generator, _rotation(scene, generator, style))
     if want in ("heads", "all"):
         for generator in heads:
@@ -63,14 +63,14 @@ def plan_balance_heads(scene: Scene, options: Mapping[str, Any]) -> Change:
     """
     builder = Builder(scene)
     for generator in scene.atlas.generators:
-        if generator.kind is Kind.GENERAL_LINEAR and generator.copies:
+        if generator.kind is Kind.GENERAL_LINEAR:
             builder.apply(generator, _balanced(scene, generator))
         elif generator.kind is Kind.COMPLEX:
             builder.apply(generator, _balanced_pairs(scene, generator))
     if not builder.used:
         raise Refused(
             "no head admits a linear map of its own",
-            expected="general-linear or complex generators with one copy for each head",
+            expected="general-linear or complex generators",
             found=", ".join(sorted({str(g.kind) for g in scene.atlas.generators})),
         )
     return builder.change()
