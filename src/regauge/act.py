@@ -222,6 +222,8 @@ def _check_floating(tensor: torch.Tensor, action: Action) -> None:
 
 def _check_element(action: Action, element: Element, copies: tuple[str, ...]) -> None:
     names = [[factor.name for factor in part.factors] for part in action.parts]
+    if not action.parts:  # A scalar: its one entry is the acting factor, and there is nothing else.
+        names = [[action.acting]]
     if action.through is not None:
         raise _error(action, "a shift through a linear map is no group action", "no 'through'", "one")
     if not 0 <= action.axis < len(names) or names[action.axis].count(action.acting) != 1:
@@ -232,7 +234,8 @@ def _check_element(action: Action, element: Element, copies: tuple[str, ...]) ->
         if everywhere.count(name) != 1 or copies.count(name) != 1 or name == action.acting:
             raise _error(action, "a copy must occur exactly once", name, " × ".join(everywhere))
     sizes = {factor.name: factor.size for part in action.parts for factor in part.factors}
-    acting = next(f.size for f in action.parts[action.axis].factors if f.name == action.acting)
+    held = action.parts[action.axis].factors if action.parts else ()
+    acting = next((f.size for f in held if f.name == action.acting), 1)
     count = 1
     for name in copies:
         count *= sizes[name]
@@ -264,6 +267,8 @@ def _block(
     if not tensor.dim() == len(shape) == len(action.parts):
         expected = f"{len(action.parts)} axes"
         raise _error(action, "one part per axis", expected, f"{tuple(tensor.shape)} of {shape}")
+    if not action.parts:
+        return tensor.view(1)
     for axis, part in enumerate(action.parts):
         _check_part(action, axis, part, shape[axis])
     bound = _bound_axes(action, held, shape)
