@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 EXIT_INTERRUPTED = 130
 EXIT_BUG = 70
 PACKAGED = "packaged:"
-_PLAIN_WIDTH = 120
-_WIDE = 110
+_PLAIN_WIDTH = 140
+_WIDE = 130
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 

@@ -131,12 +131,8 @@ def _kinds(kinds: Iterable[Kind]) -> str:
 def limit_of(space: Space) -> Limit | None:
     """The limit that explains most: of the smallest kind the space does not admit, after folding if
     anything can be folded."""
-    limits = space.limits_folded or space.limits
-    return min(limits, key=lambda limit: _rank(limit.kind), default=None)
-
-
-def _rank(kind: Kind) -> int:
-    return _LADDER.index(kind) if kind in _LADDER else len(_LADDER)
+    limits = [limit for limit in space.limits_folded or space.limits if limit.kind in _LADDER]
+    return min(limits, key=lambda limit: _LADDER.index(limit.kind), default=None)
 
 
 def _why(row: Row) -> Text:
@@ -157,7 +153,7 @@ def atlas_view(atlas: Atlas, title: str, *, wide: bool = True) -> RenderableType
     Args:
         atlas: what to show.
         title: put above it.
-        wide: whether there is room for a table (about 110 columns); otherwise a list.
+        wide: whether there is room for a table (about 130 columns); otherwise a list.
     """
     lines: list[RenderableType] = [_table(atlas, title) if wide else _list(atlas, title)]
     lines.append(Text(_summary(atlas)))
@@ -174,7 +170,7 @@ def _later(atlas: Atlas) -> str:
 
 def _table(atlas: Atlas, title: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("space", overflow="fold", ratio=4)
+    table.add_column("space", overflow="fold", ratio=5)
     for name in ("×", "size", "per"):
         table.add_column(name, justify="right")
     table.add_column("admits now", ratio=3)
