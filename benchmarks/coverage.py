@@ -29,6 +29,7 @@ from typing import Any
 HERE = Path(__file__).parent
 SOUND = 1e-10
 FIRES = 1e-7
+BUDGET = 20.0
 FAMILIES: tuple[tuple[str, str], ...] = (
     ("seq2seq", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
     ("masked", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
@@ -117,7 +118,8 @@ def examine(kind: str, family: str, cls: str, progress: Any) -> None:
                 loaded = _traced(config, row)
                 break
             except RegaugeError as error:
-                reasons.append((1 if row.stage == "trace" else 0, error.found or error.message))
+                found = (error.found or error.message).split("; eager: ")[-1]
+                reasons.append((1 if row.stage == "trace" else 0, found))
             except Exception as error:
                 reasons.append((0, _short(error)))
             progress(row)
@@ -238,7 +240,11 @@ def _probe(
     tried: Counter[Any] = Counter()
     fired: set[str] = set()
     silent: set[str] = set()
-    for generator in atlas.generators:
+    start = time.time()
+    for generator in _by_kind(atlas.generators):
+        if time.time() - start > BUDGET:
+            row.note += f"{label}probed {count} of {len(atlas.generators)} in the time given; "
+            break
         error = prober.probe(generator).error
         count += 1
         worst = max(worst, error)
@@ -252,6 +258,9 @@ def _probe(
             continue
         tried[generator.kind] += 1
         changed = prober.probe(generator, larger).error
+        if not changed > FIRES and generator.kind is Kind.POSITIVE and generator.size > 1:
+            # signs may be free as well, in a generator of their own: try mixing entries
+            changed = prober.probe(generator, Kind.GENERAL_LINEAR).error
         if changed > FIRES:
             fired.add(str(generator.kind))
             continue
@@ -268,6 +277,16 @@ def _probe(
     row.controls_fired = sorted({*row.controls_fired, *(label + k for k in fired)})
     row.controls_silent = sorted({*row.controls_silent, *(label + k for k in silent - fired)})
     return worst, count
+
+
+def _by_kind(generators: Iterable[Any]) -> list[Any]:
+    """One of every kind in turn, so that a limit on time leaves none out."""
+    places: Counter[Any] = Counter()
+    order: list[tuple[int, int, Any]] = []
+    for number, generator in enumerate(generators):
+        order.append((places[generator.kind], number, generator))
+        places[generator.kind] += 1
+    return [generator for _, _, generator in sorted(order, key=lambda item: item[:2])]
 
 
 def _describe(label: str, generator: Any, error: float) -> dict[str, Any]:

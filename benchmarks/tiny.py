@@ -26,15 +26,18 @@ class Sizes:
     vocab: int = 97
     image: int = 32
     patch: int = 8
+    rope: int = 4
     lists: bool = True
     types: bool = True
+    fill: bool = False
 
 
 VARIANTS = (
     Sizes(),
     Sizes(types=False),
+    Sizes(fill=True),
     Sizes(head=None),
-    Sizes(kv=4),
+    Sizes(kv=4, rope=8),
     Sizes(kv=4, head=None, types=False),
     Sizes(hidden=64, inner=128, layers=4, image=64, patch=16),
     Sizes(hidden=64, inner=128, kv=4, layers=4, head=None, lists=False, types=False),
@@ -50,9 +53,11 @@ _INTS: tuple[tuple[str, str], ...] = (
     (r"(num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_moe_experts|n_experts)$", "four"),
     (r"(n_shared_experts|num_shared_experts|moe_num_shared_experts|first_k_dense_replace|moe_layer_start_index)$", "one"),
     (r"(q_lora_rank|kv_lora_rank|low_rank|lora_rank|o_lora_rank)$", "sixteen"),
-    (r"(qk_rope_head_dim|rotary_dim|rope_head_dim)$", "four"),
+    (r"(qk_rope_head_dim|rotary_dim|rope_head_dim)$", "rope"),
+    (r"qk_head_dim$", "query"),
+    (r"num_kv_shared_layers$", "none"),
     (r"(head_dim|d_kv|qk_nope_head_dim|v_head_dim|kv_channels|attention_head_size|head_size|global_head_dim"
-     r"|key_length|attn_head_dim|d_head|qk_head_dim|linear_key_head_dim|linear_value_head_dim|head_width)$", "head"),
+     r"|key_length|attn_head_dim|d_head|linear_key_head_dim|linear_value_head_dim|head_width)$", "head"),
     (r"(linear_num_key_heads|linear_num_value_heads)$", "kv"),
     (r"(num_attention_heads|n_head|n_heads|num_heads|attention_heads|num_head|nhead|attn_heads)$", "heads"),
     (r"(moe_intermediate_size|shared_expert_intermediate_size|moe_ffn_hidden_size|expert_dim)$", "moe"),
@@ -78,6 +83,7 @@ _INTS: tuple[tuple[str, str], ...] = (
     (r"(conv_depthwise_kernel_size)$", "three"),
     (r"(codevector_dim|tdnn_dim|adapter_size|conv_channels|classifier_proj_size|xvector_output_dim)$", "sixteen"),
     (r"(type_vocab_size)$", "two"),
+    (r"(num_groups|norm_groups)$", "four"),
     (r"(window_size|sliding_window|local_window_size|attention_window_size)$", "four"),
     (r"(chunk_size|attention_chunk_size)$", "keep_small"),
     (r"(num_queries|num_query_tokens|num_latents|num_register_tokens|num_cls_tokens)$", "three_at_most"),
@@ -156,6 +162,16 @@ def _fields(config: Any, sizes: Sizes) -> dict[str, Any]:
                 fields[name] = type(value)(items)
         elif isinstance(value, Mapping) and name in ("backbone_config",):
             continue
+    heads = {"expand", "num_heads", "head_dim", "state_size"}
+    if heads <= set(values) and isinstance(values["expand"], int) and sizes.head:
+        fields["num_heads"] = sizes.hidden * values["expand"] // sizes.head
+    if values.get("languages") and values.get("default_language", "") is None:
+        fields["default_language"] = values["languages"][0]
+    for name, number in (("head_dim", sizes.head), ("num_key_value_heads", sizes.kv), ("vocab_size", sizes.vocab),
+                         ("mask_token_id", 4), ("pad_token_id", 0), ("n_routed_experts", 4), ("num_experts", 4),
+                         ("n_shared_experts", 1), ("n_group", 1), ("topk_group", 1), ("num_experts_per_tok", 2)):  # fmt: skip
+        if name in values and values[name] is None and number is not None and sizes.fill:
+            fields[name] = number
     if "attention_types" in fields or "attention_types" in values:
         fields["attention_types"] = [[["global", "local"], 1]]
     return fields
@@ -177,6 +193,10 @@ def _number(name: str, value: int, sizes: Sizes, layers: int) -> int | None:
         return min(value, sizes.kv) if value > 1 else 1
     if role == "head":
         return sizes.head
+    if role == "query":
+        return None if sizes.head is None else sizes.head + sizes.rope
+    if role == "none":
+        return 0
     if role == "positions":
         return min(value, 64)
     if role == "three_at_most":

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from regauge.atlas import Refusal
-from regauge.errors import RegaugeError
+from regauge.errors import RegaugeError, TraceError
 from regauge.facts import (
     Center,
     Concat,
@@ -634,10 +634,11 @@ RULE_FAILURES = (
 
 def _call(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], rules: dict[str, Rule]) -> Any:
     name = op_name(node)
+    example = node.meta.get("val")
+    _shapes(example)
     plain, named = _positional(node)
     args = [_argument(walk, node, env, arg) for arg in plain]
     kwargs = {key: _argument(walk, node, env, arg) for key, arg in named.items()}
-    example = node.meta.get("val")
     tensors = _values([*args, *kwargs.values()])
     rule = rules.get(name)
     if name != "getitem" and all(value.given for value in tensors):
@@ -697,15 +698,30 @@ def _values(args: Any) -> list[Value]:
 
 def _shapes(example: Any) -> list[tuple[int, ...]]:
     if isinstance(example, torch.Tensor):
-        return [tuple(int(n) for n in example.shape)]
+        return [_sizes(example)]
     if isinstance(example, (list, tuple)):
         return [shape for item in example for shape in _shapes(item)]
     return []
 
 
+def _sizes(example: torch.Tensor) -> tuple[int, ...]:
+    """Sizes of a traced tensor. Raises ``TraceError`` if one of them depends on the values of the inputs."""
+    if all(type(n) is int for n in example.shape):
+        return tuple(example.shape)
+    try:
+        return tuple(int(n) for n in example.shape)
+    except Exception as error:
+        raise TraceError(
+            "the size of a tensor depends on the values of the inputs",
+            expected="sizes that follow from the shapes of the inputs",
+            found=str(tuple(example.shape)),
+            way_out="another implementation of the layer, such as batched_mm for experts",
+        ) from error
+
+
 def _given(walk: Walk, example: Any) -> Any:
     if isinstance(example, torch.Tensor):
-        return walk.given(tuple(int(n) for n in example.shape))
+        return walk.given(_sizes(example))
     if isinstance(example, (list, tuple)):
         return [_given(walk, item) for item in example]
     return example

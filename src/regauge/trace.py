@@ -82,11 +82,22 @@ class _RealConstants(TorchFunctionMode):
         if func is torch.Tensor.new_tensor and args[0].device.type == "meta" and len(args) == 2:
             func, kwargs = torch.tensor, {"dtype": args[0].dtype, "device": args[0].device, **kwargs}
             args = args[1:]
+        if func is torch.Tensor.__getitem__ and not kwargs:
+            args = (args[0], _real_index(args[0], args[1]))
         device = kwargs.get("device")
         made = func in (torch.tensor, torch.as_tensor) and device is not None
         if made and not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves((args, kwargs))):
             return func(*args, **{**kwargs, "device": "cpu"}).to(device)
         return func(*args, **kwargs)
+
+
+def _real_index(x: torch.Tensor, index: Any) -> Any:
+    """Lists of numbers in an index as tensors made on the CPU."""
+    if isinstance(index, tuple):
+        return tuple(_real_index(x, item) for item in index)
+    if isinstance(index, list) and index and all(type(item) is int for item in index):
+        return torch.tensor(index, device="cpu").to(x.device)
+    return index
 
 
 class _Select(nn.Module):

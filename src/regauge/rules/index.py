@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from regauge.facts import AlignPermutation, Law, Link, Reduce, Remap, Value
-from regauge.interpret import Selection, Walk
+from regauge.interpret import Selection, Walk, op_name
 from regauge.rules.table import Table
 from regauge.structure import total
 
@@ -61,10 +63,31 @@ def index_select(walk: Walk, node: Any, x: Value, dim: int, index: Value) -> Val
     return _lookup(walk, x, dim % x.rank, index, _shape_of(node))
 
 
+_COPIES = ("aten.lift_fresh_copy", "aten.clone", "aten._to_copy", "aten.to", "aten.detach", "aten.alias")
+
+
+def _run(walk: Walk, node: Any, size: int) -> tuple[int, int] | None:
+    """First and last-plus-one of an index that is a constant run of consecutive positions."""
+    while node.op == "call_function" and op_name(node) in _COPIES:
+        node = node.args[0]
+    constant = walk.trace.constants.get(node.name)
+    if constant is None or constant.device.type == "meta" or constant.dim() != 1 or constant.dtype != torch.int64:
+        return None
+    entries = [int(i) % size for i in constant]
+    if entries and entries == list(range(entries[0], entries[0] + len(entries))):
+        return entries[0], entries[0] + len(entries)
+    return None
+
+
 @RULES.op("aten.index")
 def index(walk: Walk, node: Any, x: Value, indices: list[Value | None]) -> Value:
     """Advanced indexing: one index tensor is a lookup; several stop the axes they index."""
     shape = _shape_of(node)
+    places = [d for d, i in enumerate(indices) if i is not None]
+    if len(places) == 1:
+        run = _run(walk, node.args[1][places[0]], x.shape[places[0]])
+        if run is not None:
+            return walk.slice(x, places[0], *run)
     used = [(d, i) for d, i in enumerate(indices) if i is not None]
     if len(used) == 1 and used[0][1].rank + x.rank - 1 == len(shape):
         return _lookup(walk, x, used[0][0], used[0][1], shape)

@@ -121,6 +121,7 @@ class Groups:
         self.permutations = Forest()
         self.linear = Forest()
         self.extra: dict[Block, set[int]] = {}  # axes mixed over: what survives cannot depend on them
+        self.summed: dict[tuple[Block, Occurrence], set[int]] = {}  # the same for one occurrence
         self._fact: Fact | None = None
 
     def solve(self) -> Groups:
@@ -325,7 +326,10 @@ class Groups:
                 continue
             both = set(free_a.values()) & set(free_b.values())
             for block, free in ((a, free_a), (b, free_b)):
+                labels = fact.la if block.value is fact.a else fact.lb
+                over = {axis for axis, letter in enumerate(labels) if letter not in fact.lo}
                 for o, target in free.items():
+                    self.summed.setdefault((block, o), set()).update(over)
                     batch = target in both
                     self._join(block, o, out, target, 0, not batch)
                     if batch:
@@ -418,7 +422,7 @@ class Groups:
         shared: set[int] | None = None
         for key in members:
             present: dict[int, int] = {}
-            mixed = self.extra.get(key.block, set())
+            mixed = self.extra.get(key.block, set()) | self.summed.get((key.block, key.occurrence), set())
             for occurrence in key.block.order:
                 if occurrence == key.occurrence or occurrence[0] in mixed:
                     continue
