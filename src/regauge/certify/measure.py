@@ -175,12 +175,12 @@ def judge(
     everything = (evidence.exact, evidence.float64, evidence.stored, evidence.floor, evidence.stored_floor)
     if not all(figures.finite for figures in everything if figures is not None):
         return Verdict.DIFFERENT, "an output is NaN, or infinite in one of the two only"
-    if evidence.bits:
-        return Verdict.EQUIVALENT, "the outputs in float64 are the same bits"
     error, bound = evidence.float64.relative, factor * evidence.floor.relative
     if evidence.exact is not None and evidence.exact.relative >= exact:
         reason = f"relative error {evidence.exact.relative:.2e} in float64, before any rounding"
         return Verdict.DIFFERENT, f"{reason}, not below {exact:.0e}"
+    if evidence.bits:
+        return Verdict.EQUIVALENT, "the outputs in float64 are the same bits"
     if error < exact:
         return Verdict.EQUIVALENT, f"relative error {error:.2e} in float64, below {exact:.0e}"
     times = (
