@@ -314,12 +314,21 @@ def _child(pipe: Any, job: tuple[str, str, str], memory: int) -> None:
     pipe.close()
 
 
-def sweep(todo: list[tuple[str, str, str]], seconds: float, workers: int, memory: int, show: bool) -> list[Row]:
-    """Examine every job in a forked process with a time and memory limit; results in the order given."""
+def sweep(
+    todo: list[tuple[str, str, str]], seconds: float, workers: int, memory: int, partial: Path | None
+) -> list[Row]:
+    """Examine every job in a forked process with a time and memory limit; results in the order given.
+
+    Rows are appended to ``partial`` as they come, and those found there are not made again.
+    """
     context = multiprocessing.get_context("fork")
     waiting = list(enumerate(todo))
     running: dict[int, tuple[Any, Any, float, dict[str, Any]]] = {}
     rows: dict[int, Row] = {}
+    if partial is not None and partial.exists():
+        known = {row["type"]: Row(**row) for row in map(json.loads, partial.read_text().splitlines())}
+        rows = {number: known[job[0]] for number, job in waiting if job[0] in known}
+        waiting = [(number, job) for number, job in waiting if number not in rows]
     while waiting or running:
         while waiting and len(running) < workers:
             number, job = waiting.pop(0)
@@ -351,8 +360,10 @@ def sweep(todo: list[tuple[str, str, str]], seconds: float, workers: int, memory
                 row.reason = f"{row.stage} ended early (exit {process.exitcode}), as when memory is short"
             rows[number] = row
             del running[number]
-            if show:
-                print(f"[{len(rows)}/{len(todo)}] {_line(row)}", flush=True)
+            if partial is not None:
+                with partial.open("a") as file:
+                    file.write(json.dumps(asdict(row)) + "\n")
+            print(f"[{len(rows)}/{len(todo)}] {_line(row)}", flush=True)
     return [rows[number] for number in sorted(rows)]
 
 
@@ -460,7 +471,8 @@ def main() -> None:
             print(_line(last[-1]))
             print(json.dumps(asdict(last[-1]), indent=1))
         return
-    rows = sweep(todo, arguments.seconds, arguments.workers, int(arguments.memory * 2**30), True)
+    partial = None if arguments.types else arguments.out / "coverage.partial.jsonl"
+    rows = sweep(todo, arguments.seconds, arguments.workers, int(arguments.memory * 2**30), partial)
     if arguments.merge:
         old = [Row(**row) for row in json.loads((arguments.out / "coverage.json").read_text())["rows"]]
         new = {row.type: row for row in rows}
@@ -469,6 +481,8 @@ def main() -> None:
         data = {"summary": summary(rows), "rows": [asdict(row) for row in rows]}
         (arguments.out / "coverage.json").write_text(json.dumps(data, indent=1) + "\n")
         (arguments.out / "coverage.md").write_text(markdown(rows))
+        if partial is not None:
+            partial.unlink(missing_ok=True)
     print(json.dumps(summary(rows), indent=1))
     for row in rows:
         for item in row.unsound:

@@ -52,6 +52,7 @@ class Walk:
         self.selections: dict[tuple[int, int, int, int], Atom] = {}
         self.orders: dict[int, int] = {}
         self.uniform: set[int] = set()
+        self.repeated: dict[int, Value] = {}
 
     # --- bookkeeping ---------------------------------------------------------------------------
 
@@ -130,7 +131,9 @@ class Walk:
     def pointwise(
         self, ins: Sequence[Value], law: Law, exponents: Sequence[float] = (), defer: bool = False
     ) -> Value:
-        """Elementwise function with broadcasting. Given tensors only fix the axes they span."""
+        """Elementwise function with broadcasting. Given tensors only fix the axes they span, unless
+        they hold one number everywhere."""
+        ins = self._broadcast(ins)
         if all(value.given for value in ins):
             return self.given(_broadcast([value.shape for value in ins]))
         shape = _broadcast([value.shape for value in ins])
@@ -151,7 +154,8 @@ class Walk:
             if size > 1:
                 for value in ins:
                     i = j - len(shape) + value.rank
-                    if value.given and i >= 0 and value.shape[i] == size and not value.zero:
+                    alike = value.zero or value.id in self.uniform
+                    if value.given and i >= 0 and value.shape[i] == size and not alike:
                         fixed.add(j)
             axes.append(chosen if chosen is not None else self.structure.axis(size, size > 1))
         self.use(*live)
@@ -172,6 +176,18 @@ class Walk:
             out.pending = fact
         else:
             self.record(fact)
+        return out
+
+    def _broadcast(self, ins: Sequence[Value]) -> list[Value]:
+        """Arguments that were repeated along axes, without the repetition where broadcasting repeats them."""
+        shape = _broadcast([value.shape for value in ins])
+        out = list(ins)
+        for k, value in enumerate(ins):
+            base = self.repeated.get(value.id)
+            if base is not None:
+                changed = [*out[:k], base, *out[k + 1 :]]
+                if _broadcast([other.shape for other in changed]) == shape:
+                    out = changed
         return out
 
     def _align(self, first: Axis, second: Axis) -> Axis:
@@ -254,7 +270,9 @@ class Walk:
                 links.append(Link((i,), (j,)))
             else:
                 axes.append(self.structure.axis(size))
-        return self.remap(value, axes, links)
+        out = self.remap(value, axes, links)
+        self.repeated[out.id] = value
+        return out
 
     def slice(self, value: Value, axis: int, start: int, stop: int, step: int = 1) -> Value:
         axis %= value.rank
@@ -461,6 +479,7 @@ class Walk:
     def product(self, a: Value, b: Value, exponents: tuple[float, float] = (1.0, 1.0)) -> Value:
         if a.given and b.given:
             return self.pointwise([a, b], Law.PRODUCT, exponents)
+        a, b = self._broadcast([a, b])
         summable = exponents == (1.0, 1.0) and not a.given and not b.given
         out = self.pointwise([a, b], Law.PRODUCT, exponents, defer=summable)
         if summable:

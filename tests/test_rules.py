@@ -1,0 +1,436 @@
+"""Every rule against concrete probing: what it lets pass does pass, the next larger kind does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from regauge.atlas import Atlas, Kind
+from regauge.discover import discover
+from regauge.interpret import interpret, op_name
+from regauge.probe import LARGER, Prober
+from regauge.rules import RULES
+from regauge.rules.rotary import find_rotary
+from regauge.trace import Trace, trace
+
+N = 6
+Body = Callable[[Any, torch.Tensor], Any]
+GROUPS = {Kind.PERMUTATION, Kind.COMPLEX, Kind.ORTHOGONAL_ONES, Kind.ORTHOGONAL, Kind.GENERAL_LINEAR}
+DIAGONAL = {Kind.SIGN, Kind.POSITIVE, Kind.SCALE}
+
+PERM = frozenset({Kind.PERMUTATION})
+POSITIVE = frozenset({Kind.PERMUTATION, Kind.POSITIVE})
+SIGN = frozenset({Kind.PERMUTATION, Kind.SIGN})
+SCALE = frozenset({Kind.PERMUTATION, Kind.SCALE})
+ONES = frozenset({Kind.ORTHOGONAL_ONES})
+ORTHOGONAL = frozenset({Kind.ORTHOGONAL})
+LINEAR = frozenset({Kind.GENERAL_LINEAR})
+COMPLEX = frozenset({Kind.COMPLEX})
+NOTHING: frozenset[Kind] = frozenset()
+
+
+class Net(nn.Module):
+    def __init__(self, shapes: dict[str, tuple[int, ...]], body: Body) -> None:
+        super().__init__()
+        self.p = nn.ParameterDict({name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()})
+        self.body = body
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.body(self.p, x)
+
+
+class Case:
+    """A module, an input, and the kinds expected for each (parameter, axis)."""
+
+    def __init__(
+        self, shapes: dict[str, tuple[int, ...]], body: Body, expected: dict[tuple[str, int], frozenset[Kind]],
+        x: tuple[int, ...] | torch.Tensor = (3, 5),
+    ) -> None:  # fmt: skip
+        self.shapes, self.body, self.expected = shapes, body, expected
+        draw = torch.Generator().manual_seed(0)
+        self.x = x if isinstance(x, torch.Tensor) else torch.randn(x, generator=draw)
+
+
+def between(op: Callable[[torch.Tensor], torch.Tensor], kinds: frozenset[Kind]) -> Case:
+    """b · op(a · x): what the space between a and b admits."""
+    return Case(
+        {"a": (N, 5), "b": (4, N)}, lambda p, x: F.linear(op(F.linear(x, p["a"])), p["b"]), {("a", 0): kinds}
+    )
+
+
+def gained(op: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], kinds: frozenset[Kind]) -> Case:
+    """b · op(a · x, g) with a vector of parameters g."""
+    return Case(
+        {"a": (N, 5), "b": (4, N), "g": (N,)},
+        lambda p, x: F.linear(op(F.linear(x, p["a"]), p["g"]), p["b"]),
+        {("a", 0): kinds},
+    )
+
+
+def images(op: Callable[[torch.Tensor], torch.Tensor], kinds: frozenset[Kind]) -> Case:
+    """A convolution, the operation, another convolution."""
+    return Case(
+        {"a": (N, 2, 3, 3), "b": (3, N, 1, 1)},
+        lambda p, x: F.conv2d(op(F.conv2d(x, p["a"])), p["b"]),
+        {("a", 0): kinds},
+        (3, 2, 11, 7),
+    )
+
+
+FIXED = torch.linspace(0.5, 2, N)
+MASK = torch.arange(N) % 2 == 0
+ROWS = torch.tensor([[True], [False], [True]])
+
+CASES: dict[str, Case] = {
+    # copies and casts
+    "clone": between(lambda h: h.clone().contiguous().to(torch.float32).detach().alias() if False else h.clone(), LINEAR),
+    "cast to integers": between(lambda h: (4 * h).to(torch.int64).to(h.dtype), PERM),
+    "copy": between(lambda h: torch.ops.aten.copy(torch.zeros_like(h), h), LINEAR),
+    "dropout in eval mode": between(lambda h: F.dropout(h, 0.5, False), LINEAR),
+    # linear with constants
+    "neg": between(lambda h: -h, LINEAR),
+    "times a number": between(lambda h: 3 * h / 2, LINEAR),
+    "times zero": between(lambda h: h + 0.0 * h, LINEAR),
+    "plus a number": between(lambda h: h + 0.5, ONES),
+    "number minus": between(lambda h: 0.5 - h, ONES),
+    "times a fixed vector": between(lambda h: h * FIXED, frozenset({Kind.SCALE})),
+    "plus a fixed vector": between(lambda h: h + FIXED, NOTHING),
+    "plus rows of numbers": between(lambda h: h + torch.arange(3.0)[:, None], ONES),
+    # two activations
+    "sum of two": between(lambda h: h + h.relu(), POSITIVE),
+    "gain": gained(lambda h, g: h * g, SCALE),
+    "divided by a vector": gained(lambda h, g: h / g, SCALE),
+    "shift": gained(lambda h, g: h + g, LINEAR),
+    "subtract": gained(lambda h, g: h - 2 * g, LINEAR),
+    "addcmul": gained(lambda h, g: torch.addcmul(h, g, g), POSITIVE),
+    "lerp": gained(lambda h, g: torch.lerp(h, h.expand_as(h) + g, 0.3), LINEAR),
+    "division that rounds": gained(lambda h, g: torch.div(h, g, rounding_mode="floor"), PERM),
+    "maximum": gained(lambda h, g: torch.maximum(h, g), PERM),
+    "one over": between(lambda h: 1 / (2 + h.abs()), SIGN),
+    "glu": Case(
+        {"a": (2 * N, 5), "b": (4, N)},
+        lambda p, x: F.linear(F.glu(F.linear(x, p["a"])), p["b"]),
+        {("a", 0): frozenset({Kind.PERMUTATION, Kind.SCALE})},
+    ),
+    # one activation, entry by entry
+    "relu": between(F.relu, POSITIVE),
+    "leaky relu": between(lambda h: F.leaky_relu(h, 0.1), POSITIVE),
+    "prelu": gained(lambda h, g: F.prelu(h, g), POSITIVE),
+    "threshold at zero": between(lambda h: F.threshold(h, 0, 0), POSITIVE),
+    "threshold elsewhere": between(lambda h: F.threshold(h, 0.1, 0), PERM),
+    "clamp at zero": between(lambda h: h.clamp(min=0), POSITIVE),
+    "clamp max zero": between(lambda h: h.clamp(max=0), POSITIVE),
+    "clamp": between(lambda h: h.clamp(-0.5, 0.5), PERM),
+    "clamp by a vector": gained(lambda h, g: h.clamp(min=g), PERM),
+    "abs": between(torch.abs, frozenset({Kind.PERMUTATION, Kind.POSITIVE, Kind.SIGN})),
+    "tanh": between(torch.tanh, SIGN),
+    "sin": between(torch.sin, SIGN),
+    "cos": between(torch.cos, SIGN),
+    "gelu": between(F.gelu, PERM),
+    "sigmoid": between(torch.sigmoid, PERM),
+    "square": between(torch.square, frozenset({Kind.PERMUTATION, Kind.POSITIVE, Kind.SIGN})),
+    "cube": between(lambda h: h**3, SCALE),
+    "square by itself": between(lambda h: h * h, frozenset({Kind.PERMUTATION, Kind.POSITIVE, Kind.SIGN})),
+    "root": between(lambda h: h.abs().sqrt(), frozenset({Kind.PERMUTATION, Kind.POSITIVE, Kind.SIGN})),
+    "odd power": between(lambda h: h.abs() ** 0.123456789, PERM | {Kind.SIGN}),
+    "masked to zero": between(lambda h: h.masked_fill(MASK, 0), frozenset({Kind.SCALE})),
+    "masked to one by rows": between(lambda h: h.masked_fill(ROWS, 1), ONES),
+    "where zero": between(lambda h: torch.where(ROWS, h, 0.0), LINEAR),
+    "where a fixed vector": between(lambda h: torch.where(ROWS, h, FIXED), NOTHING),
+    "where of two": gained(lambda h, g: torch.where(ROWS, h, g), ONES),
+    "where by sign": between(lambda h: torch.where(h > 0, h, 2 * h), PERM),
+    "full of a parameter": gained(lambda h, g: h + torch.zeros_like(h) + torch.ones_like(h), ONES),
+    "new full": between(lambda h: h + torch.full_like(h, 2.0), ONES),
+    # along an axis
+    "softmax": between(lambda h: h.softmax(-1), PERM),
+    "log softmax": between(lambda h: h.log_softmax(-1), PERM),
+    "centred": between(lambda h: h - h.mean(-1, keepdim=True), ONES),
+    "variance": between(lambda h: h / (1 + h.var(-1, keepdim=True)), ONES),
+    "standard deviation": between(lambda h: h / (1 + torch.std(h, -1, keepdim=True)), ONES),
+    "root mean square": between(lambda h: h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-3), ORTHOGONAL),
+    "unit length": between(lambda h: F.normalize(h, dim=-1, eps=0.0), ORTHOGONAL),
+    "length of order one": between(lambda h: h / (1 + torch.linalg.vector_norm(h, 1, -1, True)), SIGN),
+    "number of nonzeros": between(lambda h: h * torch.linalg.vector_norm(h, 0, -1, True), PERM),
+    "largest": between(lambda h: h / (1 + h.amax(-1, keepdim=True).abs()), PERM),
+    "largest and where": between(lambda h: h * h.max(-1, keepdim=True)[0], PERM),
+    "logsumexp": between(lambda h: h - h.logsumexp(-1, keepdim=True), PERM),
+    "product": between(lambda h: h * h.prod(-1, keepdim=True), PERM),
+    "cumsum": between(lambda h: h.cumsum(-1), NOTHING),
+    "cumsum of rows": between(lambda h: h.cumsum(0), LINEAR),
+    "cumprod of rows": between(lambda h: h.cumprod(0), SCALE & SIGN),
+    "sorted": between(lambda h: h.sort(-1)[0], PERM),
+    "largest three": Case(
+        {"a": (N, 5), "b": (4, 3)}, lambda p, x: F.linear(F.linear(x, p["a"]).topk(3, -1)[0], p["b"]), {("a", 0): PERM}
+    ),
+    # normalisation layers
+    "layer norm": gained(lambda h, g: F.layer_norm(h, (N,), g, g), frozenset({Kind.PERMUTATION})),
+    "layer norm bare": between(lambda h: F.layer_norm(h, (N,)), ONES),
+    "layer norm over two axes": between(
+        lambda h: F.layer_norm(h.view(3, 2, 3), (2, 3)).reshape(3, N), frozenset({Kind.ORTHOGONAL_ONES})
+    ),
+    "rms norm": between(lambda h: F.rms_norm(h, (N,)), ORTHOGONAL),
+    "group norm": images(lambda h: F.group_norm(h, 2), ONES | SIGN),
+    "group norm with gain": gained(lambda h, g: F.group_norm(h, 2, g, g), PERM),
+    "batch norm": Case(
+        {"a": (N, 5), "b": (4, N), "m": (N,), "v": (N,)},
+        lambda p, x: F.linear(F.batch_norm(F.linear(x, p["a"]), p["m"], p["v"]), p["b"]),
+        {("a", 0): SCALE},
+    ),
+    "batch norm of the batch": between(lambda h: F.batch_norm(h, None, None, training=True), SIGN),
+    "instance norm": images(lambda h: F.instance_norm(h), SIGN),
+    # shapes
+    "reshape and back": between(lambda h: h.view(3, 2, 3).flatten(1), LINEAR),
+    "transpose": between(lambda h: h.t().contiguous().permute(1, 0).unsqueeze(0).squeeze(0), LINEAR),
+    "movedim": between(lambda h: h.movedim(0, 1).swapaxes(0, 1), LINEAR),
+    "halves": between(lambda h: torch.cat([h[:, :2].relu(), h[:, 2:]], -1), POSITIVE | LINEAR),
+    "split": between(lambda h: torch.cat(h.split([2, 4], -1)[::-1], -1)[:, [4, 5, 0, 1, 2, 3]] if False else torch.cat(h.split([2, 4], -1), -1), LINEAR),
+    "chunk and unbind": between(lambda h: h.view(3, 2, 3).unbind(1)[0].repeat(1, 2), LINEAR),
+    "stack": between(lambda h: torch.stack([h[:, :3], h[:, 3:]], -1).flatten(1), LINEAR),
+    "every second": between(lambda h: torch.cat([h[:, ::2], h[:, 1::2]], -1), LINEAR),
+    "narrow and select": between(lambda h: h.narrow(1, 0, N) + h.select(1, 0)[:, None], ONES),
+    "expand": between(lambda h: h[:, :1].expand(3, N) + h, ONES),
+    "repeat": Case(
+        {"a": (3, 5), "b": (4, N)}, lambda p, x: F.linear(F.linear(x, p["a"]).repeat(1, 2), p["b"]), {("a", 0): LINEAR}
+    ),
+    "repeat interleave": Case(
+        {"a": (3, 5), "b": (4, N)},
+        lambda p, x: F.linear(F.linear(x, p["a"]).repeat_interleave(2, 1), p["b"]),
+        {("a", 0): LINEAR},
+    ),
+    "flip": between(lambda h: h.flip(-1), NOTHING),
+    "flip of rows": between(lambda h: h.flip(0), LINEAR),
+    "roll": between(lambda h: h.roll(1, -1), NOTHING),
+    "triangle": between(lambda h: torch.tril(h), frozenset({Kind.SCALE})),
+    "pad the axis": between(lambda h: F.pad(h, (1, 1))[:, 1:-1], NOTHING),
+    "pad rows with zeros": between(lambda h: F.pad(h, (0, 0, 1, 1)), LINEAR),
+    "pad rows with ones": between(lambda h: F.pad(h, (0, 0, 1, 1), value=1.0), ONES),
+    "unfold": between(lambda h: h.unfold(0, 2, 1).sum(-1), LINEAR),
+    "slice scatter": between(lambda h: torch.slice_scatter(h, h[:, 2:4].relu(), 1, 2, 4), POSITIVE | LINEAR),
+    "select scatter": between(lambda h: torch.select_scatter(h, h[0], 0, 1), LINEAR),
+    # images
+    "convolution": images(lambda h: h, LINEAR),
+    "max pool": images(lambda h: F.max_pool2d(h.relu(), 2), POSITIVE),
+    "average pool": images(lambda h: F.avg_pool2d(h, 2), LINEAR),
+    "adaptive pool": images(lambda h: F.adaptive_avg_pool2d(h, 2), LINEAR),
+    "upsample": images(lambda h: F.interpolate(h, scale_factor=2), LINEAR),
+    "reflection": images(lambda h: F.pad(h, (1, 1, 1, 1), mode="reflect"), LINEAR),
+    "pool of one image": Case(
+        {"a": (N, 2, 3, 3), "b": (3, N, 1, 1)},
+        lambda p, x: F.conv2d(F.max_pool2d(F.conv2d(x, p["a"]), 3, 1, 1), p["b"]).mean((1, 2)),
+        {("a", 0): POSITIVE},
+        (2, 11, 7),
+    ),
+    "depthwise": Case(
+        {"a": (N, 2, 1, 1), "d": (N, 1, 3, 3), "b": (3, N, 1, 1)},
+        lambda p, x: F.conv2d(F.conv2d(F.conv2d(x, p["a"]), p["d"], groups=N), p["b"]).mean((2, 3)),
+        {("a", 0): SCALE},
+        (3, 2, 5, 7),
+    ),
+    "grouped": Case(
+        {"a": (N, 2, 1, 1), "d": (N, 3, 3, 3), "b": (3, N, 1, 1)},
+        lambda p, x: F.conv2d(F.conv2d(F.conv2d(x, p["a"]), p["d"], groups=2, padding="same"), p["b"]).mean((2, 3)),
+        {("a", 0): LINEAR | PERM, ("d", 0): LINEAR | PERM},
+        (3, 2, 5, 7),
+    ),
+    "transposed": Case(
+        {"a": (N, 2, 1, 1), "d": (N, 4, 3, 3), "b": (3, 8, 1, 1)},
+        lambda p, x: F.conv2d(F.conv_transpose2d(F.conv2d(x, p["a"]), p["d"], groups=2, stride=2), p["b"]).mean((2, 3)),
+        {("a", 0): LINEAR | PERM},
+        (3, 2, 5, 7),
+    ),
+    "pixel shuffle": Case(
+        {"a": (4 * N, 2, 1, 1), "b": (3, N, 1, 1)},
+        lambda p, x: F.conv2d(F.pixel_shuffle(F.conv2d(x, p["a"]), 2), p["b"]).mean((2, 3)),
+        {("a", 0): LINEAR},
+        (3, 2, 5, 7),
+    ),
+    "pixel unshuffle": Case(
+        {"a": (N, 2, 1, 1), "b": (3, 4 * N, 1, 1)},
+        lambda p, x: F.conv2d(F.pixel_unshuffle(F.conv2d(x, p["a"]), 2), p["b"]).mean((2, 3)),
+        {("a", 0): LINEAR},
+        (3, 2, 4, 6),
+    ),
+    "windows": Case(
+        {"a": (N, 2, 1, 1), "b": (3, 4 * N)},
+        lambda p, x: (p["b"] @ F.unfold(F.conv2d(x, p["a"]), 2)).mean(2),
+        {("a", 0): LINEAR},
+        (3, 2, 4, 6),
+    ),
+    # products
+    "matmul": Case({"a": (5, N), "b": (N, 4)}, lambda p, x: x @ p["a"] @ p["b"], {("a", 1): LINEAR}),
+    "addmm": Case(
+        {"a": (5, N), "b": (N, 4), "c": (N,)},
+        lambda p, x: torch.addmm(p["c"], x, p["a"]) @ p["b"],
+        {("a", 1): LINEAR, ("c", 0): LINEAR},
+    ),
+    "einsum": Case(
+        {"a": (N, 2, 5), "b": (4, 2, N)},
+        lambda p, x: torch.einsum("bhn,ohn->bo", torch.einsum("bi,nhi->bhn", x, p["a"]), p["b"]),
+        {("a", 0): LINEAR, ("a", 1): LINEAR},
+    ),
+    "einsum of three": Case(
+        {"a": (N, 5), "b": (4, N), "c": (N,)},
+        lambda p, x: torch.einsum("bi,ni,on->bo", x, p["a"], p["b"]),
+        {("a", 0): LINEAR},
+    ),
+    "einsum of one": Case(
+        {"a": (N, 5), "b": (4, N)},
+        lambda p, x: torch.einsum("nb->bn", p["a"] @ x.t()) @ p["b"].t(),
+        {("a", 0): LINEAR},
+    ),
+    "attention": Case(
+        {"q": (4, N, 5), "k": (4, N, 5), "v": (4, 3, 5), "o": (4, 4, 3)},
+        lambda p, x: torch.einsum(
+            "bhte,ohe->bto",
+            F.scaled_dot_product_attention(*[torch.einsum("bti,hei->bhte", x, p[n]) for n in "qkv"], is_causal=True),
+            p["o"],
+        ),
+        {("q", 1): LINEAR, ("v", 1): LINEAR, ("q", 0): PERM},
+        (2, 3, 5),
+    ),
+    "causal attention along a learned axis": Case(
+        {"q": (7, N, 5), "o": (4, 7)},
+        lambda p, x: torch.einsum(
+            "bte,ot->boe",
+            F.scaled_dot_product_attention(*[torch.einsum("bi,tei->bte", x, p["q"])] * 3, is_causal=True),
+            p["o"],
+        ).mean(-1),
+        {("q", 0): NOTHING},
+    ),
+    # looked up
+    "embedding": Case(
+        {"w": (9, N), "b": (4, N)}, lambda p, x: F.embedding(x, p["w"]) @ p["b"].t(), {("w", 0): NOTHING, ("w", 1): LINEAR},
+        torch.tensor([[1, 2], [3, 8]]),
+    ),
+    "rows by index select": between(lambda h: h.index_select(0, torch.tensor([2, 0])), LINEAR),
+    "entries by index select": between(lambda h: h.index_select(1, torch.tensor([2, 0, 1, 3, 4, 5])), NOTHING),
+    "constant run": between(lambda h: torch.cat([h[:, [0, 1, 2]], h[:, [3, 4, 5]]], 1), LINEAR),
+    "several indices": between(lambda h: h.view(3, 2, 3)[torch.arange(3), torch.tensor([0, 1, 0])].repeat(1, 2), LINEAR),
+    "gathered by data": Case(
+        {"a": (N, 5)}, lambda p, x: F.linear(x, p["a"]).gather(1, torch.tensor([[0, 3], [1, 1], [2, 5]])), {("a", 0): NOTHING}
+    ),
+    "one expert of each": Case(
+        {"r": (4, 5), "e": (4, N, 5), "d": (4, 3, N)},
+        lambda p, x: _experts(p, x),
+        {("r", 0): PERM, ("e", 0): PERM, ("e", 1): LINEAR},
+    ),
+    "experts by scatter": Case(
+        {"r": (4, 5), "e": (4, N, 5), "d": (4, 3, N)},
+        lambda p, x: _dense_experts(p, x),
+        {("r", 0): PERM, ("e", 1): LINEAR},
+    ),
+    "experts by one hot": Case(
+        {"r": (4, 5), "e": (3, 4)},
+        lambda p, x: F.one_hot(F.linear(x, p["r"]).argmax(-1), 4).to(x.dtype) @ p["e"].t(),
+        {("r", 0): PERM, ("e", 1): PERM},
+    ),
+    "experts compared by number": Case(
+        {"r": (4, 5), "e": (3, 2)},
+        lambda p, x: (F.linear(x, p["r"]).topk(2, -1)[1] > 1).to(x.dtype) @ p["e"].t(),
+        {("r", 0): NOTHING},
+    ),
+    "experts scattered into numbers": Case(
+        {"r": (4, 5), "e": (3, 4)},
+        lambda p, x: torch.arange(4.0).repeat(3, 1).scatter(1, F.linear(x, p["r"]).topk(2, -1)[1], 9.0) @ p["e"].t(),
+        {("r", 0): NOTHING},
+    ),
+    "first expert only": Case(
+        {"r": (4, 5), "e": (4, N, 5), "d": (4, 3, N)},
+        lambda p, x: torch.einsum(
+            "bn,bon->bo", torch.einsum("bi,bni->bn", x, p["e"][_first(p, x)]).relu(), p["d"][_first(p, x)]
+        ),
+        {("r", 0): PERM, ("e", 1): POSITIVE},
+    ),
+    # rotary
+    "rotate halves": Case({"q": (N, 5), "k": (N, 5)}, lambda p, x: _rotary(p, x, "halves"), {("q", 0): COMPLEX}, (2, 4, 5)),
+    "rotate pairs": Case({"q": (N, 5), "k": (N, 5)}, lambda p, x: _rotary(p, x, "pairs"), {("q", 0): COMPLEX}, (2, 4, 5)),
+    "rotate complex": Case({"q": (N, 5), "k": (N, 5)}, lambda p, x: _rotary(p, x, "complex"), {("q", 0): COMPLEX}, (2, 4, 5)),
+    "rotate by two tables": Case({"q": (N, 5), "k": (N, 5)}, lambda p, x: _rotary(p, x, "wrong"), {("q", 0): frozenset({Kind.SCALE})}, (2, 4, 5)),
+    # one result of several
+    "parameter as an output": Case({"a": (N, 5), "b": (4, N)}, lambda p, x: (x @ p["a"].t() @ p["b"].t(), p["a"]), {("a", 0): NOTHING}),
+    "unknown operation": between(lambda h: torch.fft.fft(h, dim=-1).abs(), NOTHING),
+    "used with and without one": gained(lambda h, g: h * (1 + g) * g, frozenset({Kind.SCALE})),
+    "gain of one plus": gained(lambda h, g: h * (1 + g), SCALE),
+}  # fmt: skip
+
+
+def _first(p: Any, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, p["r"]).topk(2, -1)[1][:, 0]
+
+
+def _experts(p: Any, x: torch.Tensor) -> torch.Tensor:
+    weight, index = F.linear(x, p["r"]).softmax(-1).topk(2, -1)
+    flat = index.reshape(-1)
+    rows = x.repeat_interleave(2, 0)
+    hidden = torch.einsum("ri,rni->rn", rows, p["e"][flat])
+    out = torch.einsum("rn,ron->ro", hidden, p["d"][flat]) * weight.reshape(-1, 1)
+    return out.view(-1, 2, 3).sum(1)
+
+
+def _dense_experts(p: Any, x: torch.Tensor) -> torch.Tensor:
+    score = F.linear(x, p["r"])
+    value, index = score.topk(2, -1)
+    weight = torch.zeros_like(score).scatter(1, index, value.softmax(-1))
+    picked = score.gather(1, index).sum(-1, keepdim=True)
+    hidden = torch.einsum("bi,eni->ben", x, p["e"])
+    return torch.einsum("ben,eon,be->bo", hidden, p["d"], weight) * picked
+
+
+def _rotary(p: Any, x: torch.Tensor, style: str) -> torch.Tensor:
+    angle = torch.outer(torch.arange(4.0), torch.tensor([1.0, 0.3, 0.1]))
+    cos, sin = angle.cos(), angle.sin()
+    other = (2 * angle).sin() if style == "wrong" else sin
+
+    def turn(h: torch.Tensor) -> torch.Tensor:
+        if style == "pairs":
+            a, b = h.unflatten(-1, (3, 2)).unbind(-1) if False else (h[..., ::2], h[..., 1::2])
+            return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+        if style == "complex":
+            pairs = torch.view_as_complex(h.reshape(2, 4, 3, 2))
+            return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
+        a, b = h[..., :3], h[..., 3:]
+        return torch.cat([a * cos - b * sin, b * cos + a * other], -1)
+
+    q, k = turn(F.linear(x, p["q"])), turn(F.linear(x, p["k"]))
+    return q @ k.transpose(1, 2)
+
+
+@lru_cache(maxsize=None)
+def traced(name: str) -> Trace:
+    case = CASES[name]
+    return trace(Net(case.shapes, case.body), (), {"x": case.x})
+
+
+@lru_cache(maxsize=None)
+def atlas_of(name: str) -> Atlas:
+    return discover(traced(name))
+
+
+def found(atlas: Atlas, parameter: str, axis: int) -> frozenset[Kind]:
+    """Kinds of groups and diagonals, of more than one entry, that act along an axis of a parameter."""
+    return frozenset(
+        g.kind
+        for g in atlas.generators
+        if g.size > 1 and g.kind in GROUPS | DIAGONAL
+        for action in g.actions
+        if action.parameter == f"p.{parameter}" and action.axis == axis
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rule_claims_what_probing_confirms(name: str) -> None:
+    case = CASES[name]
+    atlas = atlas_of(name)
+    torch.set_num_threads(1)
+    prober = Prober(traced(name), {}, {"x": case.x}, 3)
+    assert all(bool(torch.isfinite(out).all()) for out in prober.base)
+    for generator in atlas.generators:
+        assert prober.probe(generator).error < 1e-11, (generator.kind, generator.actions)
+    for (parameter, axis), kinds in case.expected.items():
+        assert found(atlas, parameter, axis) == kinds, (parameter, axis)
