@@ -9,24 +9,29 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from regauge.apply import ApplyReport, RewrittenView, apply_rewrite
 from regauge.atlas import Atlas
-from regauge.certify import Certificate, certify, certify_modules
+from regauge.certify import Certificate, Function, StoredWeights, certify, certify_modules, compare_functions
 from regauge.certify.certificate import software
+from regauge.certify.measure import EXACT
 from regauge.checkpoint import Checkpoint
 from regauge.discover import Gauge, discover
 from regauge.errors import BadInput, NotEquivalent, Refused, RegaugeError
 from regauge.jobs import tensor_copies
+from regauge.patch import with_rms_norms
 from regauge.plan import Rewrite
 from regauge.planner import make_plan
 from regauge.recipe import Recipe, parse_recipe
-from regauge.trace import Trace, trace
+from regauge.trace import Trace, trace, untie
 from regauge.write import StagedOutput
+
+if TYPE_CHECKING:
+    from regauge.hf import HFModel
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, done, total); totals are bytes for tensors, steps otherwise."""
@@ -187,7 +192,7 @@ def rewrite(
         clock.lap("trace")
         tell("planning", 0, len(recipe.moves))
         count = iter(range(1, len(recipe.moves) + 1))
-        plan, _ = make_plan(
+        plan, state = make_plan(
             gauge,
             recipe,
             seed,
@@ -195,9 +200,22 @@ def rewrite(
             lambda: untied_config(read_config(path)),
             lambda name: tell(f"planning {name}", next(count), len(recipe.moves)),
         )
-        _refuse_patches(plan)
+        stored = names
         # A copy that the checkpoint does not store yet is a new tensor of its own name.
         names = {n: t for n, t in names.items() if n not in plan.copies or t != names[plan.copies[n]]}
+        if plan.patches:
+            tell("certifying", 0, 1)
+            view = _Exact(RewrittenView(files, plan, names))
+            source_weights = StoredWeights(files, stored)
+            function = Function(gauge.trace, source_weights, held.buffers())
+            error = _certify_patches(
+                plan, untie(gauge.trace) if state.untied else gauge.trace, function, view, held
+            )
+            if not error < EXACT:
+                raise NotEquivalent(
+                    "the planned structure is another function", found=f"relative error {error:.1e}"
+                )
+            _refuse_patches(plan, error)
         clock.lap("plan")
         config = dict(plan.config)
         if dtype is not None:
@@ -244,12 +262,25 @@ def rewrite(
     return RewriteResult(certificate, report, manifest, clock.seconds, plan)
 
 
-def _refuse_patches(plan: Rewrite) -> None:
+def _certify_patches(
+    plan: Rewrite, traced: Trace, a: Function, exact: Callable[[str], torch.Tensor], held: HFModel
+) -> float:
+    """Relative error in float64 between the model and the plan with its structural changes."""
+    nodes = [node for patch in plan.patches for node in patch["nodes"]]
+    b = Function(with_rms_norms(traced, nodes), exact, a.buffers)
+    inputs = held.real_inputs(batch=3, length=7, seed=0)
+    evidence = compare_functions(a, b, [inputs], stored=False)
+    return evidence.float64.relative
+
+
+def _refuse_patches(plan: Rewrite, error: float | None = None) -> None:
     if plan.patches:
+        count = sum(len(patch["nodes"]) for patch in plan.patches)
+        measured = "" if error is None else f"; planned and certified: relative error {error:.1e} in float64"
         raise Refused(
             "the result needs a structure that the source architecture cannot express",
             expected="moves that keep the architecture",
-            found=", ".join(str(patch["patch"]) for patch in plan.patches),
+            found=f"{count} LayerNorms to become RMSNorms{measured}",
             way_out="leave out the option norm=rms; storing structural changes is not implemented yet",
         )
 

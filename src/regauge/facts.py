@@ -204,3 +204,15 @@ class Facts:
     values: list[Value] = field(default_factory=list)
     facts: list[Fact] = field(default_factory=list)
     parameters: dict[tuple[str, float], Value] = field(default_factory=dict)
+
+
+def used_values(facts: Facts) -> frozenset[int]:
+    """Ids of the values that some fact reads."""
+    used: set[int] = set()
+    for fact in facts.facts:
+        for slot in ("ins", "inp", "a", "b", "value"):
+            item = getattr(fact, slot, ())
+            for value in item if isinstance(item, tuple) else (item,):
+                if isinstance(value, Value):
+                    used.add(value.id)
+    return frozenset(used)

@@ -190,6 +190,12 @@ def widest(atlas: Atlas, *, copies: bool = False) -> Space:
     return max(spaces, key=lambda space: (len(space.parameters), space.size))
 
 
+def describe(space: Space) -> str:
+    """A space in one line, for messages."""
+    more = len(space.parameters) - 1
+    return f"{space.id} of size {space.size} ({space.parameters[0][0]} and {more} more)"
+
+
 def refuse_kinds(scene: Scene, kinds: Iterable[Kind], what: str) -> Refused:
     """The refusal that names what limits the widest space for the kinds asked for."""
     kinds = tuple(kinds)
@@ -198,7 +204,7 @@ def refuse_kinds(scene: Scene, kinds: Iterable[Kind], what: str) -> Refused:
     foldable = set(scene.gauge.foldable(untied=True)) - scene.state.folded
     way_out = None
     names = {name for name, _ in space.parameters}
-    if foldable & names or scene.gauge.tied and not scene.state.untied:
+    if foldable & names or (scene.gauge.tied and not scene.state.untied):
         later = scene.gauge.atlas(untied=True, folded=scene.state.folded | foldable)
         if any(set(kinds) & {g.kind} and not g.copies for g in later.generators):
             way_out = "put fold-scales before it" + (
@@ -209,9 +215,9 @@ def refuse_kinds(scene: Scene, kinds: Iterable[Kind], what: str) -> Refused:
             limit = next((x for kind in kinds for x in after.limits if x.kind is kind), limit)
     return Refused(
         f"no {what} exists here",
-        space=f"{space.id} of size {space.size} ({space.parameters[0][0]} and {len(space.parameters) - 1} more)",
+        space=describe(space),
         node=None if limit is None else f"{limit.node} in {limit.module or 'the model'}",
         expected=" or ".join(str(kind) for kind in kinds),
-        found=None if limit is None else limit.reason,
+        found=f"it admits {', '.join(space.admits) or 'nothing'}" if limit is None else limit.reason,
         way_out=way_out,
     )

@@ -8,7 +8,7 @@ from typing import Any
 from regauge.act import CenterStep
 from regauge.atlas import Kind
 from regauge.errors import Refused
-from regauge.moves.base import Builder, Change, Move, Option, Preserves, Scene, State, widest
+from regauge.moves.base import Builder, Change, Move, Option, Preserves, Scene, State, describe, widest
 
 
 def plan_center(scene: Scene, options: Mapping[str, Any]) -> Change:
@@ -17,21 +17,24 @@ def plan_center(scene: Scene, options: Mapping[str, Any]) -> Change:
     Source: Jiang et al., Pre-RMSNorm and Pre-CRMSNorm Transformers (arXiv 2305.14858, section 3).
     """
     builder = Builder(scene)
+    centred: set[tuple[str, int]] = set()
     for generator in scene.atlas.of_kind(Kind.NULL):
         actions = [action for action in generator.actions if action.exponent == 1]
         for action in actions:
             builder.add(action.parameter, CenterStep(action, scene.shape(action.parameter)))
+            centred.add((action.parameter, action.axis))
         if actions:
             builder.note(generator, None)
     if not builder.used:
         space = widest(scene.atlas)
         raise Refused(
             "no space here is blind to the mean: centring would change the function",
-            space=f"{space.id} of size {space.size} ({space.parameters[0][0]} and {len(space.parameters) - 1} more)",
+            space=describe(space),
             found="its readers see the ones direction (an RMS norm does, a LayerNorm does not)",
         )
     if options["norm"] == "rms":
-        return builder.change(patches=({"patch": "layer-norm-to-rms-norm"},))
+        nodes = scene.gauge.zero_mean_norms(centred, untied=scene.state.untied)
+        return builder.change(patches=({"patch": "layer-norm-to-rms-norm", "nodes": nodes},))
     return builder.change()
 
 

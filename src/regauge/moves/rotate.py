@@ -71,7 +71,7 @@ def plan_balance_heads(scene: Scene, options: Mapping[str, Any]) -> Change:
         raise Refused(
             "no head admits a linear map of its own",
             expected="general-linear or complex generators",
-            found=", ".join(sorted({str(g.kind) for g in scene.atlas.generators})),
+            found=", ".join(sorted({str(g.kind) for g in scene.atlas.generators})) or "no generator at all",
         )
     return builder.change()
 

@@ -250,8 +250,8 @@ class Diagonal:
             self._add_to(out, self._agree(reduced))
 
     def _reduce(self, fact: Reduce | Center) -> None:
-        linear = isinstance(fact, Center) or fact.law is Law.SUM
-        if not linear and (self.binary or fact.law is not Law.HOMOGENEOUS):
+        law = Law.SUM if isinstance(fact, Center) else fact.law
+        if law is not Law.SUM and (self.binary or law is not Law.HOMOGENEOUS):
             self._kill(fact.inp)
             return
         keep = {i: i for i in range(fact.inp.rank)} if isinstance(fact, Center) else dict(fact.keep)

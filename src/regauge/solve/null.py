@@ -9,7 +9,6 @@ Meaning of the generators, kind ``null``:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -30,10 +29,11 @@ def null_generators(solver: Any, spaces: Any, blind: Blind) -> list[Generator]:
     size: dict[str, int] = {}
     free: list[Generator] = []
     whole: dict[tuple[str, ...], str] = {}
-    for value in parameters(solver, blind):
+    values = stand_ins(solver)
+    for value in parameters(solver):
         taken: set[tuple[int, tuple[int, ...]]] = set()
         for block in solver.layout.blocks(value):
-            family = _family(solver, blind, value, block)
+            family = _family(solver, blind, values[str(value.parameter)], block)
             if family == ALL:
                 where = next((_space(solver, spaces, block, o[0]) for o in block.order), None) or NOWHERE
                 action = replace(solver.action(block, None, Fraction(0)), chart=0.0)
@@ -55,28 +55,29 @@ def null_generators(solver: Any, spaces: Any, blind: Blind) -> list[Generator]:
     return [*along, *free]
 
 
-def parameters(solver: Any, blind: Blind) -> Iterator[Value]:
+def parameters(solver: Any) -> list[Value]:
     """One value for each parameter that some fact reads and that is not folded away."""
-    done: set[str] = set()
-    used: set[int] = solver._used()
+    return [values[0] for values in stand_ins(solver).values() if values[0].id not in solver.folded]
+
+
+def stand_ins(solver: Any) -> dict[str, list[Value]]:
+    """Parameter -> the values that stand for it and are read, one for each chart; folded ones first."""
+    out: dict[str, list[Value]] = {}
+    used: frozenset[int] = solver.used
     for value in solver.walk.result.parameters.values():
-        if value.parameter not in done and value.id in used:
-            done.add(value.parameter)
-            yield value
+        if value.id in solver.folded:
+            out.setdefault(value.parameter, []).insert(0, value)
+        elif value.id in used:
+            out.setdefault(value.parameter, []).append(value)
+    return out
 
 
-def _family(solver: Any, blind: Blind, value: Value, block: Block) -> Family:
-    """Meet over all values that stand for the same parameter (one for each chart)."""
-    used: set[int] = solver._used()
+def _family(solver: Any, blind: Blind, values: list[Value], block: Block) -> Family:
+    """Meet over all values that stand for the same parameter."""
     family = ALL
-    for other in solver.walk.result.parameters.values():
-        if other.parameter != value.parameter:
-            continue
-        if other.id in solver.folded:
-            return NOTHING
-        if other.id in used:
-            partner = solver.layout.pick(other, list(block.offsets))
-            family = meet(family, NOTHING if partner is None else blind.of(partner))
+    for value in values:
+        partner = solver.layout.pick(value, list(block.offsets))
+        family = meet(family, NOTHING if partner is None else blind.of(partner))
     return family
 
 
@@ -91,13 +92,13 @@ def _space(solver: Any, spaces: Any, block: Block, axis: int) -> str | None:
 def _constant_along(solver: Any, block: Block, axis: int, whole: dict[tuple[str, ...], str]) -> Action:
     """The action whose acting factor is the axis: its only factor, or one made up for all of it."""
     value = block.value
-    parts: list[Part] = list(solver._parts(block))
+    parts: list[Part] = list(solver.parts(block))
     pieces = solver.layout.pieces(value, axis)
     if len(pieces) == 1 and len(parts[axis].factors) == 1:
         name = parts[axis].factors[0].name
     else:
         line = [b for b in solver.layout.blocks(value) if _differs_only(block, b, axis)]
-        key = tuple(f.name for b in line for f in solver._parts(b)[axis].factors)
+        key = tuple(f.name for b in line for f in solver.parts(b)[axis].factors)
         name = whole.setdefault(key, f"w{len(whole)}")
         parts[axis] = Part(0, (Factor(name, value.shape[axis], 1),))
     assert value.parameter is not None

@@ -18,12 +18,12 @@ from regauge.solve.blind import ALL, Blind
 from regauge.solve.flow import Flow
 from regauge.solve.follow import SLOT, Failure, Follower, Path
 from regauge.solve.layout import Block
-from regauge.solve.null import parameters
+from regauge.solve.null import parameters, stand_ins
 
 
 def translations(solver: Any, spaces: Any, blind: Blind) -> tuple[list[Generator], dict[str, list[Limit]]]:
     """All translations, and for each space why shifts of it are stopped."""
-    usable = _usable(solver, blind)
+    usable = _usable(solver)
     flow = Flow(solver.walk, solver.layout)
     follower = Follower(flow, blind, usable)
     out: list[Generator] = []
@@ -50,13 +50,10 @@ def translations(solver: Any, spaces: Any, blind: Blind) -> tuple[list[Generator
     return out, {space: _limits(failures) for space, failures in stopped.items()}
 
 
-def _usable(solver: Any, blind: Blind) -> list[Value]:
+def _usable(solver: Any) -> list[Value]:
     """Parameters that one value stands for, not folded away."""
-    names: dict[str, int] = {}
-    for value in solver.walk.result.parameters.values():
-        if value.id in solver._used() or value.id in solver.folded:
-            names[value.parameter] = names.get(value.parameter, 0) + 1
-    return [value for value in parameters(solver, blind) if names[str(value.parameter)] == 1]
+    values = stand_ins(solver)
+    return [value for value in parameters(solver) if len(values[str(value.parameter)]) == 1]
 
 
 def _added(flow: Flow, block: Block) -> bool:
@@ -82,7 +79,7 @@ def _generator(solver: Any, path: Path, space: str) -> Generator:
         through = None
         if map_ is not None:
             name = map_.block.value.parameter
-            through = Through(str(name), solver._parts(map_.block), map_.axis, map_.result)
+            through = Through(str(name), solver.parts(map_.block), map_.axis, map_.result)
         actions.append(replace(action, chart=0.0, through=through))
     size = {atom: found.size for (_, atom), found in source.occurrences.items()}
     name, copies = solver.name(acting[1]), [(solver.name(atom), size[atom]) for _, atom in source.order[:-1]]
