@@ -42,14 +42,14 @@ SPREAD = -1
 
 LIMIT = 6
 CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution", "aten.conv_transpose1d",
-                "aten.conv_transpose2d")  # fmt: skip
+                "aten.conv_transpose2d", "aten.conv_transpose3d")  # fmt: skip
 MASKING = ("aten.masked_fill", "aten.masked_fill_", "aten.where")
 """Operations whose SHIFT replaces entries instead of adding to them."""
 LOW = -1e8
 """exp of a score below this is zero."""
-UNEVEN = ("aten.cumsum", "aten.cumprod", "aten.logcumsumexp", "aten.tril", "aten.triu", "aten.pad",
-          "aten.constant_pad_nd", "aten.reflection_pad1d", "aten.reflection_pad2d", "aten.replication_pad1d",
-          "aten.replication_pad2d")  # fmt: skip
+UNEVEN = ("aten.pad", "aten.constant_pad_nd", "aten.reflection_pad1d", "aten.reflection_pad2d",
+          "aten.reflection_pad3d", "aten.replication_pad1d", "aten.replication_pad2d",
+          "aten.replication_pad3d", "aten.im2col")  # fmt: skip
 """Rearrangements that do not keep a tensor constant along the (data) axes they touch."""
 PLAIN_SUMS = ("aten.sum", "aten.mean", "aten.var_mean", "aten.std_mean", "aten.avg_pool1d",
               "aten.avg_pool2d", "aten.adaptive_avg_pool1d", "aten.adaptive_avg_pool2d",
@@ -272,11 +272,11 @@ class Blind:
         def back(j: int) -> tuple[int, ...] | None:
             if j == SPREAD:
                 return (SPREAD,) if convolution else None
+            if fact.op in UNEVEN and structure.is_data(fact.out.axes[j]):
+                return None
             link = by_target.get(j)
             if link is None:
                 return (SPREAD,) if convolution else free
-            if fact.op in UNEVEN and structure.is_data(fact.out.axes[j]):
-                return None
             return link.src
 
         found: dict[Block, Family] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any
 
 from torch import fx
 
@@ -16,9 +15,9 @@ from regauge.solve.layout import Block, Layout, Occurrence, OccurrenceMap
 Reading = tuple[int, Block | None]  # (number of the fact, block of its output where facts name one)
 
 AFFINE = ("aten.layer_norm", "aten.native_layer_norm", "aten.group_norm", "aten.native_group_norm",
-          "aten.instance_norm", "aten.linear", *CONVOLUTIONS)  # fmt: skip
+          "aten.linear", *CONVOLUTIONS)  # fmt: skip
 BATCH_NORM = ("aten.batch_norm", "aten.native_batch_norm", "aten._native_batch_norm_legit_no_training",
-              "aten.cudnn_batch_norm", "aten._batch_norm_with_update")  # fmt: skip
+              "aten.cudnn_batch_norm", "aten.instance_norm")  # fmt: skip
 
 
 class Flow:
@@ -151,16 +150,19 @@ class Flow:
         return None
 
     def _batch_norm(self, fact: Pointwise, k: int, node: fx.Node) -> Fraction | None:
-        """x − mean is the first sum of a batch norm, + shift the second; the statistics are arguments."""
+        """x − mean, later + shift: both are arguments, told apart by which parameter they are."""
         if k == 0:
             return Fraction(1)
-        first = next(
-            f for f in self.facts if isinstance(f, Pointwise) and f.node == fact.node and f.law is Law.SUM
-        )
-        mean: Any = node.args[3] if len(node.args) > 3 else None
-        if fact is first:
-            return Fraction(-1) if isinstance(mean, fx.Node) else None
-        return Fraction(1)
+        if not self.layout.blocks(fact.ins[k]):
+            return None
+        found = self.parameter(self.layout.blocks(fact.ins[k])[0])
+        names = [arg.name if isinstance(arg, fx.Node) else "" for arg in node.args[2:4]]
+        shift, mean = (self.walk.trace.parameters.get(name) for name in (*names, "", "")[:2])
+        own = None if found is None else found[0].value.parameter
+        origin = self.walk.trace.canonical
+        if own is None or shift == mean:
+            return None
+        return {shift: Fraction(1), mean: Fraction(-1)}.get(origin.get(own, own))
 
 
 def inverse(mapping: OccurrenceMap) -> OccurrenceMap | None:
