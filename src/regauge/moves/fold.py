@@ -13,14 +13,8 @@ from regauge.atlas import Action, Generator, Kind
 from regauge.elements import Diagonal
 from regauge.errors import Refused
 from regauge.moves.base import Builder, Change, Move, Option, Preserves, Scene, State
+from regauge.plan import Step
 from regauge.shift import apply_shift, source_shift
-
-
-def _gain_generator(scene: Scene, gain: str, action: Action) -> Generator:
-    for generator in scene.atlas.generators:
-        if generator.kind in (Kind.SCALE, Kind.POSITIVE) and action in generator.actions:
-            return generator
-    raise Refused("the gain has no scale of its own", parameter=gain)
 
 
 def plan_fold_scales(scene: Scene, options: Mapping[str, Any]) -> Change:
@@ -35,7 +29,7 @@ def plan_fold_scales(scene: Scene, options: Mapping[str, Any]) -> Change:
         raise Refused(
             "no gain can be folded: each also feeds something that is not a linear map, or none is left",
             space=f"{space.id} of size {space.size}",
-            found=next((limit.reason for limit in space.limits), None),
+            found=next((limit.reason for limit in space.limits), "nothing multiplies entries by a parameter"),
         )
     builder = Builder(scene)
     for gain in gains:
@@ -110,42 +104,62 @@ def _is_value_bias(scene: Scene, generator: Generator) -> bool:
 
 
 def _fold_translations(scene: Scene, value_bias: bool, what: str) -> Change:
-    """Biases in order of use; later ones see what earlier ones left behind."""
+    """Every bias is pushed on until none is left that can be: what one adds to another goes on with it."""
     builder = Builder(scene)
     read = _Overlay(scene)
-    for generator in scene.atlas.of_kind(Kind.TRANSLATION):
-        if _is_value_bias(scene, generator) is not value_bias:
-            continue
-        source = generator.actions[0]
-        shift = source_shift(read(source.parameter), generator)
-        if not bool((shift != 0).any()):
-            continue
-        for parameter, delta in apply_shift(read, generator, shift).items():
-            builder.add(parameter, AddStep(delta))
-            read.add(parameter, delta)
-        builder.add(source.parameter, FillStep(source, 0.0, scene.shape(source.parameter)))
-        builder.note(generator, None)
-    if not builder.used:
-        note = next((n for n in scene.atlas.notes if "slot" in n), None)
-        if not any(_is_value_bias(scene, g) is value_bias for g in scene.atlas.of_kind(Kind.TRANSLATION)):
-            raise Refused(f"no {what} can be folded here", found=note)
+    generators = [g for g in scene.atlas.of_kind(Kind.TRANSLATION) if _is_value_bias(scene, g) is value_bias]
+    if not generators:
+        raise _no_shift(scene, value_bias, what)
+    for _ in generators:
+        moved = [_fold_one(builder, read, generator) for generator in generators]
+        if not any(moved):
+            break
     return builder.change()
 
 
+def _fold_one(builder: Builder, read: _Overlay, generator: Generator) -> bool:
+    """Move the source of a translation on to its other actions, if it is not zero."""
+    source = generator.actions[0]
+    shift = source_shift(read(source.parameter), generator)
+    if not bool((shift != 0).any()):
+        return False
+    for parameter, delta in apply_shift(read, generator, shift).items():
+        read.change(builder, parameter, AddStep(delta))
+    read.change(builder, source.parameter, FillStep(source, 0.0, builder.scene.shape(source.parameter)))
+    builder.note(generator, None)
+    return True
+
+
+def _no_shift(scene: Scene, value_bias: bool, what: str) -> Refused:
+    values = {g.space for g in scene.atlas.of_kind(Kind.GENERAL_LINEAR)}
+    limit = next(
+        (
+            limit
+            for space in scene.atlas.spaces
+            for limit in space.limits
+            if limit.kind is Kind.TRANSLATION and (space.id in values) is value_bias
+        ),
+        None,
+    )
+    note = next((note for note in scene.atlas.notes if "slot" in note), None)
+    found = note or (f"there is none, or it has nowhere to go: {limit.reason}" if limit else "there is none")
+    node = f"{limit.node} in {limit.module or 'the model'}" if limit and not note else None
+    return Refused(f"no {what} can be folded here", node=node, found=found)
+
+
 class _Overlay:
-    """Current values with the shifts planned so far."""
+    """Current values of what the steps planned so far have changed."""
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
-        self.deltas: dict[str, torch.Tensor] = {}
+        self.values: dict[str, torch.Tensor] = {}
 
     def __call__(self, name: str) -> torch.Tensor:
-        value = self.scene.read(name)
-        delta = self.deltas.get(name)
-        return value if delta is None else value.to(torch.float64) + delta
+        return self.values[name] if name in self.values else self.scene.read(name)
 
-    def add(self, name: str, delta: torch.Tensor) -> None:
-        self.deltas[name] = self.deltas[name] + delta if name in self.deltas else delta
+    def change(self, builder: Builder, name: str, step: Step) -> None:
+        builder.add(name, step)
+        self.values[name] = step.apply(self(name).to(torch.float64))
 
 
 def plan_fold_shifts(scene: Scene, options: Mapping[str, Any]) -> Change:
