@@ -129,6 +129,7 @@ def _elsewhere(name: str, first: Path, second: Path) -> str:
     largest = float((a - b).abs().max())
     same = float((a.argmax(-1) == b.argmax(-1)).double().mean())
     return (
-        f"{kind.__name__}.from_pretrained: float32 outputs {tuple(a.shape)} differ by {difference:.1e} relative"
-        f" and {largest:.1e} at most; the largest entry is the same at {100 * same:.1f} % of positions"
+        f"{kind.__name__}.from_pretrained in float32: outputs of shape {tuple(a.shape)} differ by"
+        f" {difference:.1e} relative and {largest:.1e} at most;"
+        f" the largest entry is the same at {100 * same:.1f} % of positions"
     )
