@@ -9,6 +9,7 @@ untied) atlas. The table is written to ``coverage.md`` and ``coverage.json`` bes
     python benchmarks/coverage.py llama bert      # some types, printed
 """
 
+# ruff: noqa: E501
 from __future__ import annotations
 
 import argparse
@@ -217,13 +218,20 @@ def _charts(traced: Any, folds: Iterable[str]) -> dict[str, float]:
 
 
 def _probe(
-    row: Row, traced: Any, atlas: Any, buffers: Any, inputs: Any, folds: dict[str, float], label: str, progress: Any
+    row: Row,
+    traced: Any,
+    atlas: Any,
+    buffers: Any,
+    inputs: Any,
+    folds: dict[str, float],
+    label: str,
+    progress: Any,
 ) -> tuple[float | None, int]:
     import torch
 
     from regauge.act import act
     from regauge.atlas import Kind
-    from regauge.elements import random_element
+    from regauge.elements import DIAGONAL, random_element
     from regauge.probe import LARGER, Prober, random_state
 
     state = random_state(traced, 1)
@@ -251,8 +259,14 @@ def _probe(
         if not error < SOUND:
             row.unsound.append(_describe(label, generator, error))
             progress(row)
-        larger = Kind.ORTHOGONAL if generator.kind is Kind.PERMUTATION and generator.size <= 2 else LARGER.get(generator.kind)
+        larger = (
+            Kind.ORTHOGONAL
+            if generator.kind is Kind.PERMUTATION and generator.size <= 2
+            else LARGER.get(generator.kind)
+        )
         if larger is None or str(generator.kind) in fired or tried[generator.kind] > 4:
+            continue
+        if larger not in DIAGONAL and any(abs(a.exponent) != 1 for a in generator.actions):
             continue
         if generator.size == 1 and larger in (Kind.ORTHOGONAL, Kind.ORTHOGONAL_ONES):
             continue
@@ -260,7 +274,8 @@ def _probe(
         changed = prober.probe(generator, larger).error
         if not changed > FIRES and generator.kind is Kind.POSITIVE and generator.size > 1:
             # signs may be free as well, in a generator of their own: try mixing entries
-            changed = prober.probe(generator, Kind.GENERAL_LINEAR).error
+            powers = any(abs(a.exponent) != 1 for a in generator.actions)
+            changed = 0.0 if powers else prober.probe(generator, Kind.GENERAL_LINEAR).error
         if changed > FIRES:
             fired.add(str(generator.kind))
             continue
@@ -389,7 +404,9 @@ def summary(rows: list[Row]) -> dict[str, Any]:
         "types_with_generators": len(with_generators),
         "generators_probed": sum(r.probed + r.probed_folded for r in rows),
         "unsound": sum(len(r.unsound) for r in rows),
-        "worst_error": max((e for r in rows for e in (r.worst, r.worst_folded) if e is not None), default=None),
+        "worst_error": max(
+            (e for r in rows for e in (r.worst, r.worst_folded) if e is not None), default=None
+        ),
         "types_with_unknown_operations": sum(bool(r.unknown) for r in traced),
         "unknown_operations": dict(Counter(op for r in traced for op in r.unknown).most_common()),
         "controls_fired": sum(len(r.controls_fired) for r in rows),
@@ -422,7 +439,9 @@ def markdown(rows: list[Row]) -> str:
     ]  # fmt: skip
     for r in rows:
         reason = r.reason.replace("|", "/").replace("\n", " ")[:160]
-        state = "yes" if r.traced and not r.reason else (f"yes; {reason}" if r.traced else f"{r.stage}: {reason}")
+        state = (
+            "yes" if r.traced and not r.reason else (f"yes; {reason}" if r.traced else f"{r.stage}: {reason}")
+        )
         silent = f"; silent: {', '.join(r.controls_silent)}" if r.controls_silent else ""
         cells = [
             r.type, r.cls, state + ("; " + r.note[:80].replace("\n", " ") if r.note and r.traced and not r.reason else ""),
@@ -444,7 +463,9 @@ def _error(value: float | None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("types", nargs="*", help="model types; default all, and write the table")
     parser.add_argument("--seconds", type=float, default=90.0, help="limit for one type")
     parser.add_argument("--workers", type=int, default=2)
@@ -454,11 +475,11 @@ def main() -> None:
     parser.add_argument("--merge", action="store_true", help="put the given types into the written table")
     arguments = parser.parse_args()
     import torch
-    import transformers.models.auto.modeling_auto  # imported before forking
+    import transformers.models.auto.modeling_auto  # noqa: F401  imported before forking
 
-    import regauge.discover
-    import regauge.hf
-    import regauge.probe
+    import regauge.discover  # noqa: F401
+    import regauge.hf  # noqa: F401
+    import regauge.probe  # noqa: F401
 
     torch.set_num_threads(1)
     todo = jobs()

@@ -5,6 +5,7 @@ keep their length, nested configurations are shrunk alike. Several variants are 
 need their sizes to agree in one way and some in another.
 """
 
+# ruff: noqa: E501
 from __future__ import annotations
 
 import re
@@ -89,9 +90,13 @@ _INTS: tuple[tuple[str, str], ...] = (
     (r"(num_queries|num_query_tokens|num_latents|num_register_tokens|num_cls_tokens)$", "three_at_most"),
 )  # fmt: skip
 
-_WIDTHS = re.compile(r"(hidden_sizes|embed_dims|embed_dim|encoder_hidden_sizes|dims|channels|neck_hidden_sizes|widths|encoder_channels|decoder_hidden_sizes|conv_dim|stage_channels|hidden_dims|layer_channels|head_hidden_sizes|out_channels|in_channels|num_channels|mid_channels|decoder_channels|upsampling_channels|stem_channels)$")
+_WIDTHS = re.compile(
+    r"(hidden_sizes|embed_dims|embed_dim|encoder_hidden_sizes|dims|channels|neck_hidden_sizes|widths|encoder_channels|decoder_hidden_sizes|conv_dim|stage_channels|hidden_dims|layer_channels|head_hidden_sizes|out_channels|in_channels|num_channels|mid_channels|decoder_channels|upsampling_channels|stem_channels)$"
+)
 _HEADS = re.compile(r"(num_heads|num_attention_heads|num_head|encoder_num_heads)$")
-_DEPTHS = re.compile(r"(depths|layers_per_block|num_layers|block_depths|encoder_depths|stage_numb_of_layers|stage_num_blocks|num_block_repeats_|layer_depths|depth|block_repeats)$")
+_DEPTHS = re.compile(
+    r"(depths|layers_per_block|num_layers|block_depths|encoder_depths|stage_numb_of_layers|stage_num_blocks|num_block_repeats_|layer_depths|depth|block_repeats)$"
+)
 
 
 def tiny_configs(config_class: type[Any]) -> Iterator[Any]:

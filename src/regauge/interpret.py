@@ -356,9 +356,7 @@ class Walk:
             self.record(Stop(*self.where, out, "is joined with a tensor that no parameter changes"))
         return out
 
-    def contract(
-        self, a: Value, b: Value, la: Sequence[str], lb: Sequence[str], lo: Sequence[str]
-    ) -> Value:
+    def contract(self, a: Value, b: Value, la: Sequence[str], lb: Sequence[str], lo: Sequence[str]) -> Value:
         """Einsum of two values. A letter whose axis has size one in one of them is broadcast."""
         sizes: dict[str, int] = {}
         for labels, value in ((la, a), (lb, b)):

@@ -329,9 +329,7 @@ class Structure:
                     out[j] = self.axis(shape[j], True)
         return out, groups
 
-    def _regroup(
-        self, source: Axis, target: Sequence[int], shape: Sequence[int], out: list[Axis]
-    ) -> None:
+    def _regroup(self, source: Axis, target: Sequence[int], shape: Sequence[int], out: list[Axis]) -> None:
         if len(target) == 1:
             out[target[0]] = source
             return

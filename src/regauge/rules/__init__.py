@@ -11,7 +11,15 @@ from typing import Any
 
 from regauge.rules import attention, elementwise, index, linear, norms, reduce, shape
 
-TABLES = (attention.RULES, elementwise.RULES, index.RULES, linear.RULES, norms.RULES, reduce.RULES, shape.RULES)
+TABLES = (
+    attention.RULES,
+    elementwise.RULES,
+    index.RULES,
+    linear.RULES,
+    norms.RULES,
+    reduce.RULES,
+    shape.RULES,
+)
 
 
 def _merge() -> dict[str, Callable[..., Any]]:

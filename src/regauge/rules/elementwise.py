@@ -208,9 +208,9 @@ def absolute(walk: Walk, node: Any, x: Value) -> Value:
 
 
 @RULES.op("aten.tanh", "aten.sin", "aten.erf", "aten.asinh", "aten.atan", "aten.sinh", "aten.tan",
-          "aten.sign", "aten.softsign", "aten.arctan", "aten.round", "aten.asin", "aten.arcsin",
+          "aten.sign", "aten.arctan", "aten.round", "aten.asin", "aten.arcsin",
           "aten.sgn", "aten.erfinv", "aten.atanh", "aten.trunc", "aten.fix", "aten.hardshrink",
-          "aten.softshrink", "aten.tanhshrink", "aten.special_erf")  # fmt: skip
+          "aten.softshrink", "aten.special_erf")  # fmt: skip
 def odd(walk: Walk, node: Any, x: Value, *rest: Any, **kwargs: Any) -> Value:
     """f(−x) = −f(x)."""
     return walk.unary(x, Law.ODD)

@@ -35,7 +35,9 @@ def _lookup(walk: Walk, x: Value, axis: int, index: Value, shape: tuple[int, ...
         if len(large) == 1:
             key = (source.id, source_axis, walk.order(index), index.shape[large[0]])
             if key not in walk.selections:
-                walk.selections[key] = Selection(-len(walk.selections) - 1, index.shape[large[0]], x.axes[axis])
+                walk.selections[key] = Selection(
+                    -len(walk.selections) - 1, index.shape[large[0]], x.axes[axis]
+                )
             picked[large[0]] = [walk.selections[key]]
     elif not walk.structure.is_data(x.axes[axis]):
         walk.stop(x, "rows are looked up by the input", [axis])
@@ -71,7 +73,12 @@ def _run(walk: Walk, node: Any, size: int) -> tuple[int, int] | None:
     while node.op == "call_function" and op_name(node) in _COPIES:
         node = node.args[0]
     constant = walk.trace.constants.get(node.name)
-    if constant is None or constant.device.type == "meta" or constant.dim() != 1 or constant.dtype != torch.int64:
+    if (
+        constant is None
+        or constant.device.type == "meta"
+        or constant.dim() != 1
+        or constant.dtype != torch.int64
+    ):
         return None
     entries = [int(i) % size for i in constant]
     if entries and entries == list(range(entries[0], entries[0] + len(entries))):
@@ -152,7 +159,9 @@ def one_hot(walk: Walk, node: Any, index: Value, classes: int = -1) -> Value:
 
 
 @RULES.op("aten.scatter", "aten.scatter_add", "aten.scatter_reduce")
-def scatter(walk: Walk, node: Any, x: Value, dim: int, index: Value, src: Any = 0.0, *rest: Any, **kwargs: Any) -> Value:
+def scatter(
+    walk: Walk, node: Any, x: Value, dim: int, index: Value, src: Any = 0.0, *rest: Any, **kwargs: Any
+) -> Value:
     """Values written at chosen indices of a tensor of one number: permuted with the axis they index."""
     shape = _shape_of(node)
     dim %= len(shape)

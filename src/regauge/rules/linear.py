@@ -19,7 +19,9 @@ def _batch(n: int) -> list[str]:
 def linear(walk: Walk, node: Any, x: Value, w: Value, b: Value | None = None) -> Value:
     """y[…, o] = Σ_i x[…, i] w[o, i] + b[o]."""
     lead = _batch(x.rank - 1)
-    y = walk.contract(x, w, [*lead, "i"], ["o", "i"] if w.rank == 2 else ["i"], [*lead, "o"] if w.rank == 2 else lead)
+    y = walk.contract(
+        x, w, [*lead, "i"], ["o", "i"] if w.rank == 2 else ["i"], [*lead, "o"] if w.rank == 2 else lead
+    )
     return y if b is None else walk.pointwise([y, b], Law.SUM)
 
 

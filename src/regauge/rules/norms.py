@@ -41,7 +41,9 @@ def layer_norm(walk: Walk, node: Any, x: Value, shape: Sequence[int], gain: Valu
 
 
 @RULES.op("aten.rms_norm", "aten._fused_rms_norm")
-def rms_norm(walk: Walk, node: Any, x: Value, shape: Sequence[int], gain: Value | None = None, eps: Any = None) -> Any:
+def rms_norm(
+    walk: Walk, node: Any, x: Value, shape: Sequence[int], gain: Value | None = None, eps: Any = None
+) -> Any:
     """y = g · x / sqrt(mean(x²) + eps) over the trailing axes."""
     over = list(range(x.rank - len(shape), x.rank))
     y = _affine(walk, _standardise(walk, x, over, 1.0, centre=False), gain, None)

@@ -20,7 +20,9 @@ def _dims(x: Value, dim: Any) -> list[int]:
 
 
 @RULES.op("aten.mean", "aten.sum")
-def linear_reduce(walk: Walk, node: Any, x: Value, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Value:
+def linear_reduce(
+    walk: Walk, node: Any, x: Value, dim: Any = None, keepdim: bool = False, **kwargs: Any
+) -> Value:
     """y = Σ x (or the mean): linear along the other axes; along the reduced one only the ones
     vector must be fixed. The sum of a square is a squared length, that of a product a contraction."""
     dims = _dims(x, dim)
@@ -130,7 +132,9 @@ def symmetric(walk: Walk, node: Any, x: Value, dim: Any = None, keepdim: bool = 
 
 
 @RULES.op("aten.prod", "aten.median", "aten.count_nonzero")
-def symmetric_one(walk: Walk, node: Any, x: Value, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
+def symmetric_one(
+    walk: Walk, node: Any, x: Value, dim: Any = None, keepdim: bool = False, **kwargs: Any
+) -> Any:
     """Symmetric in the entries of one axis, or of all."""
     out = walk.reduce(x, _dims(x, dim), bool(keepdim), Law.GENERIC)
     if not isinstance(node.meta["val"], (list, tuple)):

@@ -145,9 +145,21 @@ def _table_key(node: Any, half: tuple[int, int, int]) -> str | None:
         if name in _TABLE_SCALE and not isinstance(node.args[1], fx.Node):
             inner = _table_key(node.args[0], half)
             return None if inner is None else f"{name}({inner},{node.args[1]})"
-        if name in ("aten.index", "aten.embedding", "aten.index_select", "aten.transpose", "aten.permute", "aten.select"):
+        if name in (
+            "aten.index",
+            "aten.embedding",
+            "aten.index_select",
+            "aten.transpose",
+            "aten.permute",
+            "aten.select",
+        ):
             base = node.args[0]
-            if isinstance(base, fx.Node) and _shape(base) and _shape(base)[-1] == shape[-1] and name in ("aten.index", "aten.index_select", "aten.embedding"):
+            if (
+                isinstance(base, fx.Node)
+                and _shape(base)
+                and _shape(base)[-1] == shape[-1]
+                and name in ("aten.index", "aten.index_select", "aten.embedding")
+            ):
                 inner = _table_key(base, half)
                 return None if inner is None else f"{name}({inner}|{node.args[1:]})"
         if name == "aten.cat" and isinstance(node.args[0], (list, tuple)):
@@ -166,7 +178,12 @@ def _table_key(node: Any, half: tuple[int, int, int]) -> str | None:
             base = node.args[0]
             if _shape(base)[-1] * 2 == shape[-1]:
                 return f"all({_strip(base).name})"
-        if name == "aten.repeat" and step == 1 and list(node.args[1])[-1] == 2 and all(n == 1 for n in node.args[1][:-1]):
+        if (
+            name == "aten.repeat"
+            and step == 1
+            and list(node.args[1])[-1] == 2
+            and all(n == 1 for n in node.args[1][:-1])
+        ):
             return f"all({_strip(node.args[0]).name})"
     if shape and shape[-1] == length:
         return f"all({node.name})"
@@ -263,7 +280,9 @@ def _side(reader: _Reader, node: Any, depth: int) -> _Side:
     return forms, whole, node
 
 
-def _combine(reader: _Reader, left: _Side, right: _Side, sign: int) -> list[tuple[int, int, int, Form]] | None:
+def _combine(
+    reader: _Reader, left: _Side, right: _Side, sign: int
+) -> list[tuple[int, int, int, Form]] | None:
     matching = left[0] is not None and right[0] is not None
     if matching and [p[:3] for p in left[0] or ()] == [p[:3] for p in right[0] or ()]:
         assert left[0] is not None
@@ -344,7 +363,9 @@ def _complex(node: fx.Node) -> Match | None:
         source = _strip(split.args[0])
         if not isinstance(source, fx.Node) or _shape(source) != _shape(node):
             continue
-        if _shape(split) == (*_shape(source)[:-1], _shape(source)[-1] // 2, 2) and _shape(product) == _shape(pairs):
+        if _shape(split) == (*_shape(source)[:-1], _shape(source)[-1] // 2, 2) and _shape(product) == _shape(
+            pairs
+        ):
             return Match(source, True, (table,), node)
     return None
 

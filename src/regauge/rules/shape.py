@@ -94,7 +94,9 @@ def repeat_interleave(walk: Walk, node: Any, x: Value, times: Any, dim: Any = No
 
 
 @RULES.op("aten.slice")
-def slice_(walk: Walk, node: Any, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
+def slice_(
+    walk: Walk, node: Any, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Value:
     """Part of an axis: the axis becomes a sum of segments."""
     size = x.shape[dim]
     return walk.slice(x, dim, 0 if start is None else start, size if end is None else min(end, size), step)
@@ -260,7 +262,11 @@ def pad(walk: Walk, node: Any, x: Value, amounts: list[int], *rest: Any) -> Valu
     pairs = list(zip(amounts[::2], amounts[1::2], strict=True))
     touched = [x.rank - 1 - i for i, pair in enumerate(pairs) if tuple(pair) != (0, 0)]
     axes = _stopped(walk, x, touched, shape, "is padded along this axis")
-    mode = (rest[0] if rest else "constant") if name == "pad" else ("constant" if name == "constant_pad_nd" else "")
+    mode = (
+        (rest[0] if rest else "constant")
+        if name == "pad"
+        else ("constant" if name == "constant_pad_nd" else "")
+    )
     value = (rest[1] if len(rest) > 1 else 0.0) if name == "pad" else (rest[0] if rest else 0.0)
     walk.use(x)
     out = walk.remap(x, axes, _same(x.rank))

@@ -418,8 +418,10 @@ class Groups:
 
     def copies(self, members: Iterable[Key]) -> list[int]:
         """Atoms that accompany the acting one, once, in every block of the class: the element may
-        differ for each of their indices."""
+        differ for each of their indices. Rows selected from an atom count as it, if all of them are
+        the same selection."""
         shared: set[int] | None = None
+        selections: dict[int, set[int]] = {}
         for key in members:
             present: dict[int, int] = {}
             mixed = self.extra.get(key.block, set()) | self.summed.get((key.block, key.occurrence), set())
@@ -433,6 +435,7 @@ class Groups:
                     if len(stands) != 1:
                         continue
                     number = stands[0].id
+                    selections.setdefault(number, set()).add(atom.id)
                 present[number] = present.get(number, 0) + 1
             once = {atom for atom, n in present.items() if n == 1 and atom != key.atom}
             if any(n > 1 for n in present.values()):
@@ -440,7 +443,7 @@ class Groups:
             shared = once if shared is None else shared & once
             if not shared:
                 return []
-        return sorted(shared or ())
+        return sorted(atom for atom in shared or () if len(selections.get(atom, ())) < 2)
 
 
 _NOT_ONES = (Kind.ORTHOGONAL, Kind.GENERAL_LINEAR, Kind.COMPLEX)
