@@ -477,8 +477,8 @@ def main() -> None:
     import torch
     import transformers.models.auto.modeling_auto  # noqa: F401  imported before forking
 
-    import regauge.discover  # noqa: F401
-    import regauge.hf  # noqa: F401
+    import regauge.discover
+    import regauge.hf
     import regauge.probe  # noqa: F401
 
     torch.set_num_threads(1)
@@ -493,6 +493,9 @@ def main() -> None:
             print(json.dumps(asdict(last[-1]), indent=1))
         return
     partial = None if arguments.types else arguments.out / "coverage.partial.jsonl"
+    for job in jobs():
+        if job[0] == "bert":  # load once, before forking, what every job needs
+            examine(*job, progress=lambda row: None)
     rows = sweep(todo, arguments.seconds, arguments.workers, int(arguments.memory * 2**30), partial)
     if arguments.merge:
         old = [Row(**row) for row in json.loads((arguments.out / "coverage.json").read_text())["rows"]]

@@ -185,10 +185,8 @@ def _fields(config: Any, sizes: Sizes) -> dict[str, Any]:
 def _number(name: str, value: int, sizes: Sizes, layers: int) -> int | None:
     if value <= 0:
         return None
-    for pattern, role in _INTS:
-        if re.search(pattern, name):
-            break
-    else:
+    role = next((role for pattern, role in _INTS if re.search(pattern, name)), None)
+    if role is None:
         return min(value, 64) if value > 512 and "id" not in name.split("_") else None
     if role == "layers":
         return min(value, layers)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
@@ -406,13 +406,13 @@ def _rotary(p: Any, x: torch.Tensor, style: str) -> torch.Tensor:
     return q @ k.transpose(1, 2)
 
 
-@lru_cache(maxsize=None)
+@cache
 def traced(name: str) -> Trace:
     case = CASES[name]
     return trace(Net(case.shapes, case.body), (), {"x": case.x})
 
 
-@lru_cache(maxsize=None)
+@cache
 def atlas_of(name: str) -> Atlas:
     return discover(traced(name))
 

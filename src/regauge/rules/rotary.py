@@ -81,7 +81,7 @@ class _Reader:
     tables: dict[str, fx.Node] = field(default_factory=dict)
 
 
-def _shape(node: fx.Node) -> tuple[int, ...]:
+def _shape(node: Any) -> tuple[int, ...]:
     value = node.meta.get("val")
     return tuple(int(n) for n in value.shape) if hasattr(value, "shape") else ()
 
@@ -92,7 +92,7 @@ def _strip(node: Any) -> Any:
     return node
 
 
-def _pair_slices(node: fx.Node) -> Half | None:
+def _pair_slices(node: Any) -> Half | None:
     """node = part of the last axis of another node."""
     node = _strip(node)
     if not isinstance(node, fx.Node) or node.op != "call_function":
@@ -190,7 +190,7 @@ def _table_key(node: Any, half: tuple[int, int, int]) -> str | None:
     return None
 
 
-def _label(table: fx.Node, half: tuple[int, int, int]) -> str | None:
+def _label(table: Any, half: tuple[int, int, int]) -> str | None:
     """Equal for equal tables that meet the same positions of the other axes."""
     key = _table_key(table, half)
     lead = list(_shape(table)[:-1])
@@ -199,7 +199,7 @@ def _label(table: fx.Node, half: tuple[int, int, int]) -> str | None:
     return None if key is None else f"{key}@{lead}"
 
 
-def _forms(reader: _Reader, node: fx.Node, depth: int = 0) -> list[tuple[int, int, int, Form]] | None:
+def _forms(reader: _Reader, node: Any, depth: int = 0) -> list[tuple[int, int, int, Form]] | None:
     """Each part (start, length, step) of node's last axis as signed sums of halves times tables."""
     if node in reader.memo:
         return reader.memo[node]
@@ -208,7 +208,7 @@ def _forms(reader: _Reader, node: fx.Node, depth: int = 0) -> list[tuple[int, in
     return out
 
 
-def _leaf(node: fx.Node) -> list[tuple[int, int, int, Form]] | None:
+def _leaf(node: Any) -> list[tuple[int, int, int, Form]] | None:
     half = _pair_slices(node)
     if half is None:
         return None
@@ -343,7 +343,7 @@ def find_rotary(graph: fx.Graph) -> Matches:
     return matches
 
 
-def _complex(node: fx.Node) -> Match | None:
+def _complex(node: Any) -> Match | None:
     """Pairs viewed as complex numbers, multiplied by a table, and viewed as pairs again."""
 
     def is_call(found: Any, *names: str) -> bool:
@@ -384,8 +384,8 @@ def _unneeded(graph: fx.Graph, matches: Matches) -> set[fx.Node]:
     return {node for node in graph.nodes if node.op == "call_function" and node not in needed}
 
 
-def _rotation(reader: _Reader, node: fx.Node, forms: list[tuple[int, int, int, Form]]) -> Match | None:
-    (a0, n0, s0, f0), (_, n1, s1, f1) = forms
+def _rotation(reader: _Reader, node: Any, forms: list[tuple[int, int, int, Form]]) -> Match | None:
+    (_, n0, s0, f0), (_, n1, s1, f1) = forms
     if n0 != n1 or s0 != s1 or len(f0) != 2 or len(f1) != 2:
         return None
     first = {half: (label, sign) for (half, label), sign in f0.items()}
