@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from regauge.certify import (
     render,
     schema,
 )
-from regauge.certify.measure import _Sum
+from regauge.certify.figures import Distance, Held, compare
 from regauge.errors import BadInput, CheckpointError, TraceError
 
 transformers = pytest.importorskip("transformers")
@@ -307,9 +307,9 @@ def test_figures_are_what_their_names_say() -> None:
     generator = torch.Generator().manual_seed(4)
     a = 3 * torch.randn(2, 5, 11, generator=generator, dtype=torch.float64)
     b = a + torch.randn(2, 5, 11, generator=generator, dtype=torch.float64)
-    total = _Sum(logits=True)
-    total.add((a[:1],), (b[:1],))
-    total.add((a[1:],), (b[1:],))
+    total = Distance(logits=True)
+    compare([Held(a[:1])], [(total, [Held(b[:1])])])
+    compare([Held(a[1:])], [(total, [Held(b[1:])])])
     figures = total.figures()
     p, q = a.softmax(-1).reshape(10, 11), b.softmax(-1).reshape(10, 11)
     kl = (p * (p / q).log()).sum(-1)
@@ -321,15 +321,43 @@ def test_figures_are_what_their_names_say() -> None:
     assert 0 < figures.top1 < 1
 
 
+@pytest.mark.parametrize("size", [1e-9, 1.0, 300.0])
+def test_kl_of_close_and_of_distant_logits(size: float) -> None:
+    """Against a formula that cancels nothing for close logits, and against the plain one for others."""
+    generator = torch.Generator().manual_seed(7)
+    a = 3 * torch.randn(4, 5000, generator=generator, dtype=torch.float64)
+    a[1, 10:20] = -math.inf
+    d = size * torch.randn(4, 5000, generator=generator, dtype=torch.float64)
+    total = Distance(logits=True)
+
+    @dataclass(frozen=True)
+    class Narrow(Held):
+        step: int = 600
+
+    compare([Narrow(a)], [(total, [Held(a + d)])])
+    p = a.softmax(-1)
+    if size < 1e-6:  # variance of d under p, to third order
+        expected = 0.5 * ((p * d.square()).sum(-1) - (p * d).sum(-1).square())
+    else:
+        gap = a.log_softmax(-1) - (a + d).log_softmax(-1)
+        expected = torch.where(p > 0, p * gap, 0.0).sum(-1)
+    assert total.figures().kl_mean == pytest.approx(float(expected.mean()), rel=1e-6)
+    assert total.figures().kl_max == pytest.approx(float(expected.max()), rel=1e-6)
+
+
+def added(total: Distance, a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> None:
+    compare([Held(x) for x in a], [(total, [Held(x) for x in b])])
+
+
 def test_the_worst_output_counts_and_shared_infinities_do_not() -> None:
     big, small = torch.full((3,), 1e6), torch.tensor([1.0, -math.inf, 2.0])
-    total = _Sum(logits=False)
-    total.add((big, small), (big, small + torch.tensor([0.0, 0.0, 1.0])))
+    total = Distance(logits=False)
+    added(total, (big, small), (big, small + torch.tensor([0.0, 0.0, 1.0])))
     assert total.figures().relative == pytest.approx(1 / math.sqrt(5))
-    total.add((big, small), (big, torch.tensor([1.0, math.inf, 2.0])))
+    added(total, (big, small), (big, torch.tensor([1.0, math.inf, 2.0])))
     assert not total.figures().finite
     with pytest.raises(BadInput, match="different shapes"):
-        total.add((big,), (big[:2],))
+        added(total, (big,), (big[:2],))
 
 
 def evidence(float64: float, floor: float, exact: float | None = None) -> FunctionEvidence:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from regauge.certify.certificate import Certificate, Inputs, Subject, software
 from regauge.certify.lazy import BLOCK
 from regauge.certify.measure import EXACT, FLOOR_FACTOR, Function, compare_functions, judge
+from regauge.certify.run import held_bytes
 from regauge.checkpoint import Checkpoint
 from regauge.errors import BadInput, CheckpointError, TraceError
 from regauge.trace import Trace, trace
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 TOKENS = 96
 LENGTH = 48
-MEMORY = 2 << 30
+MEMORY = 512 << 20
 ROWS = 2
 ITEMS = 4
 """Items (images, waveforms) on which models without tokens are compared."""
@@ -56,7 +57,7 @@ def certify(
         tokens: number of tokens to compare at least, for models that read or write tokens.
         length: tokens in a row; capped by what the model admits.
         seed: of random inputs and of the rounding floor.
-        max_memory: bytes to stay near, as far as outputs and blocks of weights decide it; default 2 GiB.
+        max_memory: bytes to stay near, as far as outputs and blocks of weights decide it; default 512 MiB.
         weights_b_exact: b's weights in float64 before they were rounded, by canonical name; stronger
             evidence than the stored ones. May offer ``rows``, see :mod:`regauge.certify.lazy`.
         stored: whether to run in the stored dtypes too.
@@ -73,9 +74,10 @@ def certify(
             length = min(length, len(ids))
         limit = (max_memory or MEMORY) // 2
         rows = min(ROWS, max(1, math.ceil(tokens / length)))  # of one run
+        block = max(1 << 16, min(BLOCK, (max_memory or MEMORY) // 256))
         while True:
             first = _open(Path(a), files_a, rows, length)
-            row_bytes = sum(_numel(node) for node in first.trace.outputs) // rows * 32
+            row_bytes = held_bytes(first.trace, block) // rows * 4
             if row_bytes * rows <= limit:
                 break
             if rows > 1:
@@ -89,7 +91,7 @@ def certify(
                     found=str(2 * limit),
                     way_out="raise max_memory",
                 )
-        second = _open(Path(b), files_b, rows, length)
+        second = _open(Path(b), files_b, rows, length, like=first)
         _same_interface(first, second)
         shapes = {name: tuple(value.shape) for name, value in first.model.inputs.items()}
         sizes = [math.prod(shapes[name]) for name in ("decoder_input_ids", "input_ids") if name in shapes]
@@ -110,7 +112,7 @@ def certify(
             logits=first.logits,
             stored=stored,
             seed=seed,
-            block=BLOCK if max_memory is None else max(1 << 16, min(BLOCK, max_memory // 256)),
+            block=block,
         )
         verdict, reason = judge(evidence, factor=factor)
         return Certificate(
@@ -254,6 +256,7 @@ class _ModuleWeights:
 @dataclass(frozen=True)
 class _Side:
     path: Path
+    dtype: torch.dtype | None
     model: HFModel
     trace: Trace
     weights: StoredWeights
@@ -268,18 +271,22 @@ class _Side:
         return _subject(self.path.name, self.model.class_name, digest, self.trace, self.weights)
 
 
-def _open(path: Path, files: Checkpoint, rows: int, length: int) -> _Side:
+def _open(path: Path, files: Checkpoint, rows: int, length: int, like: _Side | None = None) -> _Side:
+    """One side, traced; with the trace of the other side if the two have the same configuration."""
     from regauge.hf import checkpoint_names, load_meta
 
     held = Counter[torch.dtype]()
     for name in files.names:
         held[files.dtype(name)] += files.entry(name).nbytes
     floating = [dtype for dtype, _ in held.most_common() if dtype.is_floating_point]
-    model = load_meta(
-        path, batch=rows, length=length, experts="grouped_mm", dtype=floating[0] if floating else None
-    )
+    dtype = floating[0] if floating else None
+    config = path / "config.json"
+    if like is None or like.dtype != dtype or config.read_bytes() != (like.path / "config.json").read_bytes():
+        model = load_meta(path, batch=rows, length=length, experts="grouped_mm", dtype=dtype)
+        traced, logits = _trace(model)
+    else:
+        model, traced, logits = like.model, like.trace, like.logits
     names = checkpoint_names(model, files.names)
-    traced, logits = _trace(model)
     for canonical, shape in traced.shapes.items():
         if canonical in names and files.shape(names[canonical]) != shape:
             raise CheckpointError(
@@ -297,7 +304,7 @@ def _open(path: Path, files: Checkpoint, rows: int, length: int) -> _Side:
                 found=", ".join(kept[1:]),
                 way_out='set "tie_word_embeddings": false in config.json',
             )
-    return _Side(path, model, traced, StoredWeights(files, names), logits)
+    return _Side(path, dtype, model, traced, StoredWeights(files, names), logits)
 
 
 def _subject(name: str, architecture: str, digest: str, traced: Trace, weights: Any) -> Subject:
@@ -337,10 +344,6 @@ def _values(traced: Trace) -> dict[str, torch.Tensor]:
 
 def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def _numel(node: fx.Node) -> int:
-    return int(node.meta["val"].numel())
 
 
 def _trace(model: HFModel) -> tuple[Trace, bool]:

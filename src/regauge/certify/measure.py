@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
+from regauge.certify.figures import Distance, Figures, Output, compare
 from regauge.certify.lazy import BLOCK, Weights
-from regauge.certify.run import run
+from regauge.certify.run import run_in_parts
 from regauge.errors import BadInput
 from regauge.trace import Trace
 
@@ -54,27 +55,6 @@ class Function:
     trace: Trace
     weights: Weights | Callable[[str], torch.Tensor]
     buffers: Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Distance of b from a over all inputs.
-
-    Attributes:
-        relative: ``||a - b|| / ||a||`` (Frobenius, over all inputs; the largest over the outputs).
-        max_abs: largest ``|a - b|`` of any entry.
-        kl_mean, kl_max: ``KL(a || b)`` of the softmax over the last axis, in nats, over positions.
-        top1: share of positions where both have the same largest entry.
-        finite: no NaN anywhere, and no infinity that the two do not share. If not, the other figures
-            are meaningless and ``relative`` is infinite.
-    """
-
-    relative: float
-    max_abs: float
-    kl_mean: float | None = None
-    kl_max: float | None = None
-    top1: float | None = None
-    finite: bool = True
 
 
 @dataclass(frozen=True)
@@ -129,26 +109,27 @@ def compare_functions(
     """
     rounded = Function(a.trace, Rerounded(a.weights, storage, seed), a.buffers)
     unrounded = None if exact is None else Function(b.trace, exact, b.buffers)
-    sums = {key: _Sum(logits) for key in ("exact", "float64", "floor", "stored", "stored_floor")}
-    bits, positions = True, 0
+    sums = {key: Distance(logits) for key in ("exact", "float64", "floor", "stored", "stored_floor")}
+    positions = 0
     for batch in inputs:
 
-        def outputs(function: Function, dtype: Any, batch: Any = batch) -> tuple[torch.Tensor, ...]:
-            return run(function.trace, function.weights, function.buffers, batch, dtype=dtype, block=block)
+        def outputs(function: Function, dtype: Any, batch: Any = batch) -> tuple[Output, ...]:
+            weights, buffers = function.weights, function.buffers
+            return run_in_parts(function.trace, weights, buffers, batch, dtype=dtype, block=block)
 
         reference = outputs(a, torch.float64)
         positions += _positions(reference, logits)
-        others = outputs(b, torch.float64)
-        bits &= len(others) == len(reference) and all(map(torch.equal, reference, others))
-        sums["float64"].add(reference, others)
-        del others
-        sums["floor"].add(reference, outputs(rounded, torch.float64))
+        others = [(sums["float64"], outputs(b, torch.float64))]
+        others.append((sums["floor"], outputs(rounded, torch.float64)))
         if unrounded is not None:
-            sums["exact"].add(reference, outputs(unrounded, torch.float64))
+            others.append((sums["exact"], outputs(unrounded, torch.float64)))
+        compare(reference, others)
+        del reference, others
         if stored:
-            reference = outputs(a, "stored")
-            sums["stored"].add(reference, outputs(b, "stored"))
-            sums["stored_floor"].add(reference, outputs(rounded, "stored"))
+            others = [(sums["stored"], outputs(b, "stored"))]
+            others.append((sums["stored_floor"], outputs(rounded, "stored")))
+            compare(outputs(a, "stored"), others)
+            del others
     if positions == 0:
         raise BadInput("there is nothing to compare on", expected="at least one input")
     return FunctionEvidence(
@@ -158,7 +139,7 @@ def compare_functions(
         stored=sums["stored"].figures() if stored else None,
         stored_floor=sums["stored_floor"].figures() if stored else None,
         positions=positions,
-        bits=bits,
+        bits=sums["float64"].bits,
     )
 
 
@@ -196,70 +177,11 @@ def judge(
     return Verdict.WITHIN_ROUNDING, f"relative error of the stored weights {times}, at most {factor:g}"
 
 
-def _positions(outputs: tuple[torch.Tensor, ...], logits: bool) -> int:
+def _positions(outputs: tuple[Output, ...], logits: bool) -> int:
     if not outputs:
         return 0
-    first = outputs[0]
-    return math.prod(first.shape[:-1]) if logits or first.ndim > 2 else math.prod(first.shape[:1])
-
-
-class _Sum:
-    """Figures summed over inputs."""
-
-    def __init__(self, logits: bool) -> None:
-        self.logits = logits
-        self.squares: list[list[float]] = []
-        self.max_abs = 0.0
-        self.kl = 0.0
-        self.kl_max = 0.0
-        self.agree = 0
-        self.count = 0
-        self.finite = True
-
-    def add(self, a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> None:
-        if [t.shape for t in a] != [t.shape for t in b]:
-            raise BadInput(
-                "the two functions return different shapes",
-                expected=", ".join(str(tuple(t.shape)) for t in a),
-                found=", ".join(str(tuple(t.shape)) for t in b),
-            )
-        while len(self.squares) < len(a):
-            self.squares.append([0.0, 0.0])
-        for squares, x, y in zip(self.squares, a, b, strict=True):
-            for p, q in zip(_pieces(x), _pieces(y), strict=True):
-                difference = (p - q).abs()
-                difference[p == q] = 0.0
-                self.finite &= bool(torch.isfinite(difference).all())
-                squares[0] += float(difference.square().sum())
-                squares[1] += float(p[torch.isfinite(p)].abs().square().sum())
-                self.max_abs = max(self.max_abs, float(difference.max()) if difference.numel() else 0.0)
-                if self.logits and self.finite:
-                    self._add_logits(p, q)
-
-    def _add_logits(self, p: torch.Tensor, q: torch.Tensor) -> None:
-        log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
-        terms = log_p.exp() * (log_p - log_q)
-        kl = torch.where(torch.isneginf(log_p), 0.0, terms).sum(-1).clamp(min=0)
-        self.kl += float(kl.sum())
-        self.kl_max = max(self.kl_max, float(kl.max()))
-        self.agree += int((p.argmax(-1) == q.argmax(-1)).sum())
-        self.count += len(kl)
-
-    def figures(self) -> Figures:
-        if not self.finite:
-            return Figures(math.inf, math.inf, finite=False)
-        ratios = [math.sqrt(d / n) if n else (math.inf if d else 0.0) for d, n in self.squares]
-        relative = max(ratios, default=0.0)
-        if not (self.logits and self.count):
-            return Figures(relative, self.max_abs)
-        return Figures(relative, self.max_abs, self.kl / self.count, self.kl_max, self.agree / self.count)
-
-
-def _pieces(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
-    """Rows (of the last axis) in float64, a few at a time."""
-    flat = tensor.reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
-    wide = torch.complex128 if tensor.is_complex() else torch.float64
-    return (piece.to(wide) for piece in flat.split(max(1, BLOCK // max(1, flat.shape[-1]))))
+    shape = outputs[0].shape
+    return math.prod(shape[:-1]) if logits or len(shape) > 2 else math.prod(shape[:1])
 
 
 @dataclass(frozen=True)

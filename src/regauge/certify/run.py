@@ -11,8 +11,9 @@ is cast block by block.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +22,9 @@ from torch import fx
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
+from regauge.certify.figures import Held, Output
 from regauge.certify.lazy import BLOCK, LazyWeight, Weights, apply_lazily, grouped
+from regauge.certify.parts import Product, tails
 from regauge.errors import BadInput, TraceError
 from regauge.trace import Trace, module_path
 
@@ -55,24 +58,66 @@ def run(
         BadInput: an input, buffer or weight is missing or has another shape than was traced.
         TraceError: an operation of the graph cannot be run or cannot be lifted.
     """
-    if dtype == "stored":
-        runner = _Runner(trace, weights, buffers, inputs, None, block)
-        with torch.no_grad():
-            return runner.run()
-    if dtype is not torch.float64:
+    runner = _Runner(trace, weights, buffers, inputs, _lift(dtype), block)
+    with runner.mode():
+        values = runner.run({})
+        return tuple(runner.tensor(values[node]) for node in trace.outputs)
+
+
+def run_in_parts(
+    trace: Trace,
+    weights: Weights | Callable[[str], torch.Tensor],
+    buffers: Mapping[str, torch.Tensor],
+    inputs: Mapping[str, Any],
+    *,
+    dtype: torch.dtype | Literal["stored"] = torch.float64,
+    block: int = BLOCK,
+) -> tuple[Output, ...]:
+    """As ``run``, with outputs that are read in parts and, where possible, only computed then."""
+    runner = _Runner(trace, weights, buffers, inputs, _lift(dtype), block)
+    with runner.mode():
+        values = runner.run(tails(trace))
+        found = (values[node] for node in trace.outputs)
+        return tuple(x if isinstance(x, Product) else Held(runner.tensor(x)) for x in found)
+
+
+def held_bytes(trace: Trace, block: int = BLOCK) -> int:
+    """Bytes of one entry each in float64 of the outputs that ``run_in_parts`` computes as a whole."""
+    total = 0
+    apart = {
+        (chain or (head,))[-1]
+        for head, chain in tails(trace).items()
+        if any(math.prod(shape) > block for shape in _parameter_shapes(trace, head))
+    }
+    for node in trace.outputs:
+        if node not in apart:
+            total += 8 * int(node.meta["val"].numel())
+    return total
+
+
+def _parameter_shapes(trace: Trace, head: fx.Node) -> list[tuple[int, ...]]:
+    """Shapes of the parameter behind the second factor of a product."""
+    node: Any = head.args[1]
+    while isinstance(node, fx.Node) and node.op == "call_function" and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    name = trace.parameters.get(node.name) if isinstance(node, fx.Node) else None
+    return [] if name is None else [trace.shapes[name]]
+
+
+def _lift(dtype: torch.dtype | Literal["stored"]) -> torch.dtype | None:
+    if dtype != "stored" and dtype is not torch.float64:
         raise BadInput("a graph runs in float64 or as stored", found=str(dtype))
-    runner = _Runner(trace, weights, buffers, inputs, torch.float64, block)
-    with torch.no_grad(), _default_dtype(torch.float64):
-        return runner.run()
+    return None if dtype == "stored" else torch.float64
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Generator[None]:
+def _default_dtype(dtype: torch.dtype | None) -> Generator[None]:
     """The dtype of what Python numbers and integer divisions become; as before afterwards."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(dtype or before)
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
         torch.set_default_dtype(before)
 
@@ -86,14 +131,26 @@ class _Runner:
     lift: torch.dtype | None
     block: int
 
-    def run(self) -> tuple[torch.Tensor, ...]:
+    def mode(self) -> AbstractContextManager[None]:
+        return _default_dtype(self.lift)
+
+    def tensor(self, value: Any) -> torch.Tensor:
+        return self._whole(value).detach()
+
+    def run(self, tails: Mapping[fx.Node, tuple[fx.Node, ...]]) -> dict[fx.Node, Any]:
+        """The values of the outputs; those that end in a key of ``tails`` may be left as a ``Product``."""
         inputs = self._bind_inputs()
         last = _last_uses(self.trace)
         values: dict[fx.Node, Any] = {}
+        apart: dict[fx.Node, Product] = {}
         for node in self.trace.graph.nodes:
             if node.op == "output":
                 break
-            if not _skipped(node):
+            if node in tails:
+                product = self._apart(node, tails[node], values)
+                if product is not None:
+                    apart.update(dict.fromkeys((node, *tails[node]), product))
+            if not _skipped(node) and node not in apart:
                 if node.op == "placeholder":
                     if node.users:
                         values[node] = self._placeholder(node, inputs)
@@ -103,7 +160,7 @@ class _Runner:
                     raise TraceError("the graph is not flat", node=node.name, found=node.op)
             for dead in last.get(node, ()):
                 values.pop(dead, None)
-        return tuple(self._whole(values[node]).detach() for node in self.trace.outputs)
+        return {node: apart[node] if node in apart else values[node] for node in self.trace.outputs}
 
     # -- what the graph is given -------------------------------------------------------------------
 
@@ -158,10 +215,32 @@ class _Runner:
 
     def _weight(self, name: str) -> Any:
         held = self.lift or self.trace.dtypes[name]
-        weight = LazyWeight(name, self.trace.shapes[name], self.weights, held)
-        return weight if weight.numel > self.block else weight.whole()
+        return LazyWeight(name, self.trace.shapes[name], self.weights, held)
 
     # -- operations --------------------------------------------------------------------------------
+
+    def _apart(
+        self, head: fx.Node, chain: tuple[fx.Node, ...], values: Mapping[fx.Node, Any]
+    ) -> Product | None:
+        """The product of ``head`` and what follows it, not computed; None if its weight is not divisible."""
+        args, kwargs = map_arg((head.args, head.kwargs), values.__getitem__)
+        x: Any = args[0]
+        weight: Any = args[1]
+        bias: Any = self._small(args[2] if len(args) > 2 else kwargs.get("bias"))
+        along = (0, 1) if str(head.target) == "aten.linear.default" else (1, 0)
+        if not isinstance(weight, LazyWeight) or weight.numel <= self.block or weight.order != along:
+            return None
+        if not isinstance(x, torch.Tensor) or isinstance(bias, LazyWeight):
+            return None
+
+        def then(part: torch.Tensor) -> torch.Tensor:
+            with self.mode():
+                for node in chain:
+                    part = self._call(node, {node.all_input_nodes[0]: part})
+                return part
+
+        shape = tuple(int(size) for size in head.meta["val"].shape)
+        return Product(shape, x, weight, bias, then, self.block)
 
     def _call(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         target: Any = node.target
@@ -172,6 +251,8 @@ class _Runner:
         if self.lift is not None and name == "aten.view.dtype":
             raise TraceError("a bit pattern cannot be lifted to float64", node=node.name, found=name)
         try:
+            if any(isinstance(leaf, LazyWeight) for leaf in tree_leaves((args, kwargs))):
+                args, kwargs = tree_map(self._small, (args, kwargs))
             if any(isinstance(leaf, LazyWeight) for leaf in tree_leaves((args, kwargs))):
                 done, result = apply_lazily(name, args, kwargs, self.block, exact=self.lift is not None)
                 if done:
@@ -217,6 +298,9 @@ class _Runner:
             x, weight, ends = args
             return grouped(x, ends, weight.shape[2], lambda group: weight[group])
         return target(*args, **kwargs)
+
+    def _small(self, value: Any) -> Any:
+        return value.whole() if isinstance(value, LazyWeight) and value.numel <= self.block else value
 
     @staticmethod
     def _whole(value: Any) -> Any:
