@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from regauge.atlas import Refusal
 from regauge.errors import RegaugeError, TraceError
@@ -531,7 +532,7 @@ class Walk:
 def op_name(node: fx.Node) -> str:
     """``aten.add`` for every overload of it; other targets by their own name."""
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return str(target.overloadpacket)
     return getattr(target, "__name__", str(target))
 

@@ -7,13 +7,14 @@ by object identity on the module, never by pointer or by name.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._ops import HigherOrderOperator
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -67,7 +68,7 @@ def module_path(node: fx.Node) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -243,7 +244,7 @@ def _needs_functionalisation(graph: fx.Graph) -> bool:
         if node.op == "get_attr":
             return True
         if node.op == "call_function":
-            if isinstance(node.target, torch._ops.HigherOrderOperator):
+            if isinstance(node.target, HigherOrderOperator):
                 return True
             schema = getattr(node.target, "_schema", None)
             if schema is not None and schema.is_mutable:
@@ -282,7 +283,9 @@ def _read(
             else:
                 buffers[argument] = target
         elif spec.kind is InputKind.CONSTANT_TENSOR:
-            constants[argument] = program.constants[spec.target or ""]
+            constant = program.constants[spec.target or ""]
+            if isinstance(constant, torch.Tensor):
+                constants[argument] = constant
         elif spec.kind is InputKind.USER_INPUT:
             inputs.append(argument)
 

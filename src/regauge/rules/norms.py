@@ -51,15 +51,15 @@ def rms_norm(
 
 
 @RULES.op("aten.native_group_norm")
-def native_group_norm(walk: Walk, node: Any, x: Value, gain: Value | None, shift: Value | None, n: int, channels: int,
-                      positions: int, groups: int, eps: float) -> Any:  # fmt: skip
+def native_group_norm(walk: Walk, node: Any, x: Value, gain: Value | None, shift: Value | None, n: int,
+                      channels: int, positions: int, groups: int, eps: float) -> Any:  # fmt: skip
     """The same with its arguments in another order."""
     return group_norm(walk, node, x, groups, gain, shift, eps)
 
 
 @RULES.op("aten.group_norm")
-def group_norm(walk: Walk, node: Any, x: Value, groups: int, gain: Value | None = None, shift: Value | None = None,
-               eps: float = 1e-5, cudnn: bool = True) -> Any:  # fmt: skip
+def group_norm(walk: Walk, node: Any, x: Value, groups: int, gain: Value | None = None,
+               shift: Value | None = None, eps: float = 1e-5, cudnn: bool = True) -> Any:  # fmt: skip
     """LayerNorm over each group of channels and all positions."""
     channels = x.shape[1]
     wide = walk.reshape(x, (x.shape[0], groups, channels // groups, *x.shape[2:]))

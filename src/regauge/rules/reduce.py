@@ -45,8 +45,8 @@ def variance(walk: Walk, node: Any, x: Value, dim: Any = None, *rest: Any, **kwa
 
 
 @RULES.op("aten.linalg_vector_norm", "aten.norm")
-def vector_norm(walk: Walk, node: Any, x: Value, p: Any = 2, dim: Any = None, keepdim: bool = False, *rest: Any,
-                **kwargs: Any) -> Value:  # fmt: skip
+def vector_norm(walk: Walk, node: Any, x: Value, p: Any = 2, dim: Any = None, keepdim: bool = False,
+                *rest: Any, **kwargs: Any) -> Value:  # fmt: skip
     """‖x‖₂ = (Σ x²)^½: rotations keep it; other norms are homogeneous and even; p = 0 counts."""
     dims = _dims(x, dim)
     if p is None or float(p) == 2.0:
@@ -108,7 +108,8 @@ def _spatial(node: Any) -> int:
           "aten._adaptive_avg_pool2d", "aten.upsample_nearest2d", "aten.upsample_bilinear2d",
           "aten.upsample_bicubic2d", "aten.avg_pool3d", "aten.upsample_nearest1d", "aten.upsample_linear1d",
           "aten.adaptive_avg_pool3d", "aten._upsample_bilinear2d_aa", "aten._upsample_bicubic2d_aa",
-          "aten.upsample_nearest3d", "aten.upsample_trilinear3d", "aten._upsample_nearest_exact2d")  # fmt: skip
+          "aten.upsample_nearest3d", "aten.upsample_trilinear3d",
+          "aten._upsample_nearest_exact2d")  # fmt: skip
 def linear_pool(walk: Walk, node: Any, x: Value, *rest: Any, **kwargs: Any) -> Value:
     """Linear along positions, channel by channel."""
     return pool(walk, x, tuple(int(n) for n in node.meta["val"].shape), _spatial(node), Law.SUM)

@@ -103,8 +103,8 @@ def slice_(
 
 
 @RULES.op("aten.slice_scatter")
-def slice_scatter(walk: Walk, node: Any, x: Value, src: Value, dim: int = 0, start: Any = None, end: Any = None,
-                  step: int = 1) -> Value:  # fmt: skip
+def slice_scatter(walk: Walk, node: Any, x: Value, src: Value, dim: int = 0, start: Any = None,
+                  end: Any = None, step: int = 1) -> Value:  # fmt: skip
     """x with a part of an axis replaced: the parts before, the new one, the parts after."""
     size = x.shape[dim]
     low = 0 if start is None else (start + size if start < 0 else min(start, size))
