@@ -21,7 +21,7 @@ from regauge.certify.certificate import software
 from regauge.certify.measure import EXACT
 from regauge.checkpoint import Checkpoint
 from regauge.discover import Gauge, discover
-from regauge.errors import BadInput, NotEquivalent, Refused, RegaugeError
+from regauge.errors import BadInput, CheckpointError, NotEquivalent, Refused, RegaugeError
 from regauge.jobs import tensor_copies
 from regauge.patch import with_rms_norms
 from regauge.plan import Rewrite
@@ -189,6 +189,7 @@ def rewrite(
         held = load_meta(path)
         names = checkpoint_names(held, files.names)
         gauge = Gauge(trace(held.model, (), held.inputs))
+        _check_shapes(files, names, gauge.trace)
         clock.lap("trace")
         tell("planning", 0, len(recipe.moves))
         count = iter(range(1, len(recipe.moves) + 1))
@@ -271,6 +272,18 @@ def _certify_patches(
     inputs = held.real_inputs(batch=3, length=7, seed=0)
     evidence = compare_functions(a, b, [inputs], stored=False)
     return evidence.float64.relative
+
+
+def _check_shapes(files: Checkpoint, names: Mapping[str, str], traced: Trace) -> None:
+    for name, shape in traced.shapes.items():
+        if name in names and tuple(files.shape(names[name])) != tuple(shape):
+            raise CheckpointError(
+                "a tensor has another shape than the config says",
+                parameter=names[name],
+                expected=str(tuple(shape)),
+                found=str(tuple(files.shape(names[name]))),
+                way_out="use the config.json that belongs to these weights",
+            )
 
 
 def _refuse_patches(plan: Rewrite, error: float | None = None) -> None:

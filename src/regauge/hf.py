@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from regauge.errors import BadInput, Refused, TraceError
+from regauge.errors import BadInput, CheckpointError, Refused, TraceError
 from regauge.inputs import example_inputs
 
 LARGE = 1 << 16
@@ -284,8 +284,9 @@ def checkpoint_names(hf: HFModel, names_in_checkpoint: Iterable[str]) -> dict[st
         once map to the same tensor.
 
     Raises:
-        Refused: a parameter has no tensor; the checkpoint is laid out in another way (for example
-            one tensor per expert, fused when transformers loads it) or is incomplete.
+        CheckpointError: a parameter has no tensor, and no tensor is left over.
+        Refused: the checkpoint is laid out in another way (for example one tensor per expert, fused
+            when transformers loads it).
     """
     model = hf.model
     stored = list(dict.fromkeys(names_in_checkpoint))
@@ -313,6 +314,14 @@ def checkpoint_names(hf: HFModel, names_in_checkpoint: Iterable[str]) -> dict[st
             result.update({name: found.get(name, found[mine[0]]) for name in names})
         elif identity in needed:
             missing.append(names[0])
+    if missing and not converted and not spare:
+        raise CheckpointError(
+            "the checkpoint lacks tensors that the model needs",
+            parameter=missing[0],
+            expected=f"a tensor for each of {len(missing)} names such as {', '.join(missing[:3])}",
+            found="no tensor that could be one of them",
+            way_out="save the model again, or correct config.json",
+        )
     if missing or converted:
         raise Refused(
             "the checkpoint stores its tensors in another layout than the model holds them",
