@@ -141,6 +141,10 @@ OTHER = {("p.weight", 0), ("p.bias", 0)}
         (lambda m, x: m.v(F.layer_norm(x + m.g, (D,))), {*READER, ("g", 0)}),
         (lambda m, x: m.v(F.layer_norm(m.u(x).cumsum(1), (D,))), BOTH),
         (lambda m, x: m.v(m.u(x).cumsum(1).softmax(1)), set()),
+        (lambda m, x: m.v(F.pad(m.u(x), (0, 0, 1, 0)).softmax(1)), set()),
+        (lambda m, x: m.v(F.pad(m.u(x), (0, 0, 1, 0), value=1.0).softmax(1)), set()),
+        (lambda m, x: torch.einsum("btd,td->bt", m.u(x), m.h).softmax(1), set()),
+        (lambda m, x: torch.einsum("btd,d->bt", m.u(x), m.g).softmax(1), {("u.bias", None)}),
         (lambda m, x: m.v(F.layer_norm(m.u(x) * x[..., :1], (D,))), BOTH),
         (lambda m, x: m.v(F.layer_norm(m.u(x) * x, (D,))), READER),
     ],
@@ -150,6 +154,7 @@ def test_claims_are_exactly_what_is_invisible(
 ) -> None:
     parts = {name: linear(D, D) for name in "uvp"}
     net = {**parts, "w": linear(2 * D, D), "n": nn.LayerNorm(D), "g": nn.Parameter(torch.ones(D))}
+    net["h"] = nn.Parameter(torch.ones(T, D))
     atlas, prober = solve(body, **net)
     check(atlas, prober)
     assert named(atlas) == expected
