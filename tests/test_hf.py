@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from regauge import hf
-from regauge.errors import BadInput, Refused, TraceError
+from regauge.errors import BadInput, CheckpointError, Refused, TraceError
 from regauge.hf import checkpoint_names, load_meta, untied_config
 from regauge.inputs import example_inputs
 from regauge.trace import trace
@@ -174,16 +174,33 @@ def test_experts_can_be_traced_without_weights(experts: str) -> None:
     assert any("experts" in name for name in traced.parameters.values())
 
 
-def test_nothing_is_left_changed_in_torch_or_transformers() -> None:
-    verbosity = transformers.utils.logging.get_verbosity()
-    torch.manual_seed(7)
-    expected = torch.rand(3)
-    torch.manual_seed(7)
-    load_meta(config("bert"))
-    assert torch.equal(torch.rand(3), expected)
-    assert transformers.utils.logging.get_verbosity() == verbosity
+def test_nothing_is_left_changed_in_torch_or_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    logging = transformers.utils.logging
+    before, drawn = logging.get_verbosity(), torch.rand
+
+    class Drawing(transformers.BertModel):
+        def __init__(self, config: Any) -> None:
+            drawn(3)
+            super().__init__(config)
+
+    monkeypatch.setattr(hf, "_model_class", lambda config: Drawing)
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        state = torch.random.get_rng_state()
+        load_meta(config("bert"))
+        assert torch.equal(torch.random.get_rng_state(), state)
+        assert logging.get_verbosity() == logging.CRITICAL
+    finally:
+        logging.set_verbosity(before)
     assert nn.Linear(2, 2).weight.device.type == "cpu"
     assert torch.empty(1 << 17).device.type == "cpu"
+
+
+def test_no_cache_is_part_of_the_function() -> None:
+    held = load_meta({**config("llama"), "architectures": ["LlamaModel"]})
+    with torch.no_grad():
+        result = real_model(held)(**held.real_inputs(batch=1, length=3, seed=0))
+    assert set(result) == {"last_hidden_state"}
 
 
 def test_a_config_object_is_left_as_it_is() -> None:
@@ -206,6 +223,7 @@ def test_large_empty_tensors_are_spared_and_a_buffer_made_of_one_is_still_real(
             table = torch.empty(100)
             table[:] = torch.arange(100.0)
             self.register_buffer("table", table, persistent=False)
+            self.register_buffer("again", table, persistent=False)
 
         def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
             return pixel_values
@@ -214,6 +232,16 @@ def test_large_empty_tensors_are_spared_and_a_buffer_made_of_one_is_still_real(
     monkeypatch.setattr(hf, "LARGE", 10)
     held = load_meta(config("vit"))
     assert torch.equal(held.buffers()["table"], torch.arange(100.0))
+    assert torch.equal(held.buffers()["again"], torch.arange(100.0))
+    assert held.model.get_buffer("table") is held.model.get_buffer("again")
+
+
+def test_a_waveform_has_as_many_frames_as_tokens_were_asked_for() -> None:
+    held = load_meta(config("wav2vec2"), length=5)
+    samples = held.inputs["input_values"].shape[1]
+    with torch.no_grad():
+        frames = [held.model(torch.empty(1, n, device="meta"))[0].shape[1] for n in (samples - 1, samples)]
+    assert frames == [4, 5]
 
 
 def test_the_dtype_is_the_one_of_the_config_and_otherwise_the_one_given() -> None:
@@ -302,10 +330,10 @@ def test_the_base_model_finds_its_tensors_in_the_checkpoint_of_the_full_one(tmp_
     assert names["norm.weight"] == "model.norm.weight"
 
 
-def test_a_missing_tensor_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     held = load_meta({**config("llama"), "tie_word_embeddings": False})
     names = [name for name in held.model.state_dict() if name != "model.layers.1.mlp.up_proj.weight"]
-    with pytest.raises(Refused, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
         checkpoint_names(held, names)
 
 
