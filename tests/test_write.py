@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from regauge.checkpoint import Checkpoint
 from regauge.errors import BadInput, CheckpointError
+from regauge.layout import plan_layout
 from regauge.write import StagedOutput
 
 
@@ -319,7 +321,21 @@ def test_disk_full_for_real(source: Checkpoint, tmp_path: Path) -> None:
     assert Checkpoint.open(big).digest() == before
 
 
-@pytest.mark.parametrize("call", ["pwrite", "write", "fsync", "posix_fallocate", "rename"])
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need = sum(target.size for target in plan_layout(source, {}, None))
+    real = shutil.disk_usage(tmp_path)
+    written: list[object] = []
+    monkeypatch.setattr(os, "pwrite", lambda *args: written.append(args))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=need - 1))
+    with pytest.raises(CheckpointError, match="disk is full"):
+        StagedOutput(tmp_path / "out", source, key="")
+    assert not written
+    assert [path.name for path in tmp_path.iterdir()] == [source.path.name]
+
+
+@pytest.mark.parametrize("call", ["pwrite", "write", "fsync", "ftruncate", "rename"])
 def test_disk_full_anywhere(
     source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:

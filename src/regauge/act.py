@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from regauge.atlas import Action, Generator, Kind, Part
-from regauge.elements import Element, is_subgroup
+from regauge.elements import Diagonal, Element, Permutation, is_subgroup
 from regauge.errors import RegaugeError
 
 
@@ -45,15 +45,42 @@ def act(
     copies = tuple(copies)
     _check_element(action, element, copies)
     out = tensor.detach().clone(memory_format=torch.contiguous_format)
-    held = (*copies, action.acting)
-    block = _block(out, action, held, tuple(tensor.shape if shape is None else shape))
-    x = block.reshape(element.count, element.n, -1)
-    if _arithmetic(action, element):
-        _check_floating(tensor, action)
-        y = element.apply(x.to(torch.float64) + action.chart, action.exponent) - action.chart
+    return _act(out, action, element, copies, tuple(tensor.shape if shape is None else shape))
+
+
+def _act(
+    out: torch.Tensor, action: Action, element: Element, copies: tuple[str, ...], shape: tuple[int, ...]
+) -> torch.Tensor:
+    """``act`` on a contiguous tensor that may be overwritten."""
+    block = _block(out, action, (*copies, action.acting), shape)
+    if not _arithmetic(action, element):
+        y = element.apply(block.reshape(element.count, element.n, -1), action.exponent)
     else:
-        y = element.apply(x, action.exponent)
+        _check_floating(out, action)
+        if isinstance(element, Diagonal) and out.dtype is torch.float64:
+            return _scale(out, block, action, element, len(copies))
+        x = block.reshape(element.count, element.n, -1).to(torch.float64)
+        y = element.apply(x + action.chart if action.chart else x, action.exponent)
+        if action.chart:
+            y = y - action.chart
+    if out.dtype == y.dtype and block.is_contiguous() and block.numel() == out.numel():
+        return y.reshape(out.shape).contiguous()
     block.copy_(y.reshape(block.shape))
+    return out
+
+
+def _scale(
+    out: torch.Tensor, block: torch.Tensor, action: Action, element: Diagonal, copies: int
+) -> torch.Tensor:
+    """A diagonal in place: the same operations on every entry as ``Diagonal.apply``."""
+    divide = action.exponent == -1
+    vector = element.vector if action.exponent in (1, -1) else element.power(action.exponent).vector
+    vector = vector.reshape(*block.shape[: copies + 1], *(1 for _ in block.shape[copies + 1 :]))
+    if action.chart:
+        block.add_(action.chart)
+    block.div_(vector) if divide else block.mul_(vector)
+    if action.chart:
+        block.sub_(action.chart)
     return out
 
 
@@ -136,6 +163,22 @@ class ActStep:
 
     def apply(self, tensor: torch.Tensor) -> torch.Tensor:
         return act(tensor, self.action, self.element, self.copies, shape=self.shape)
+
+    def apply_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``apply`` on a contiguous tensor that may be overwritten."""
+        return _act(tensor, self.action, self.element, self.copies, self.shape or tuple(tensor.shape))
+
+    def order(self, shape: tuple[int, ...]) -> tuple[int, torch.Tensor] | None:
+        """(axis, index) if the step only reorders one axis, alike everywhere along the others."""
+        if not isinstance(self.element, Permutation) or (self.shape or shape) != shape or not shape:
+            return None
+        axis, part = self.action.axis, self.action.parts[self.action.axis]
+        parts = enumerate(zip(self.action.parts, shape, strict=True))
+        alone = all(other.size == size for i, (other, size) in parts if i != axis)
+        if not alone or any(all(factor.name != name for factor in part.factors) for name in self.copies):
+            return None
+        action = Action(self.action.parameter, (part,), 0, self.action.acting, self.action.exponent)
+        return axis, act(torch.arange(shape[axis]), action, self.element, self.copies)
 
 
 @dataclass(frozen=True)

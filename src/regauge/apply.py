@@ -13,14 +13,15 @@ from dataclasses import dataclass
 
 import torch
 
+from regauge.chain import Chain, Fetch
 from regauge.checkpoint import Checkpoint, all_finite
 from regauge.errors import BadInput, CheckpointError, RegaugeError
 from regauge.jobs import Job, Names, plan_jobs, stored_as, tensor_copies
-from regauge.plan import Rewrite, Step
+from regauge.plan import Rewrite
 from regauge.shards import DTYPES
 from regauge.write import StagedOutput
 
-_BLOCK_BYTES = 64 << 20
+_BLOCK_BYTES = 16 << 20
 _GATHER_BYTES = 16 << 20
 
 
@@ -76,7 +77,7 @@ def apply_rewrite(
         out: made for the same source, with ``copies=tensor_copies(...)`` and the same ``dtype``.
         names: which tensors store which parameter; others are copied.
         max_memory: bytes that blocks may take altogether, roughly; a block gets a quarter of it
-            (default 64 MB). A tensor whose steps leave no axis to cut along is worked on whole.
+            (default 16 MB). A tensor whose steps leave no axis to cut along is worked on whole.
         dtype: must be ``out.dtype`` if given.
         progress: called with the number of bytes of the result finished since the last call; they add
             up to ``out.size_bytes``, resumed tensors included.
@@ -141,6 +142,7 @@ class RewrittenView:
 
     def __init__(self, source: Checkpoint, rewrite: Rewrite, names: Names) -> None:
         self.source = source
+        self._chains: dict[str, Chain] = {}
         jobs = plan_jobs(source, rewrite, names)
         self._jobs: dict[str, Job] = {}
         stored: set[str] = set()
@@ -170,26 +172,50 @@ class RewrittenView:
         job = self._job(name)
         return torch.float64 if job.steps else self.source.dtype(job.origin)
 
+    def __call__(self, name: str) -> torch.Tensor:
+        return self.read(name)
+
     def read(self, name: str) -> torch.Tensor:
         """The tensor, in ``dtype(name)``. Raises ``CheckpointError`` if its source is not finite."""
-        job = self._job(name)
-        return self._apply(job, self.source.read(job.origin))
+        return self._cut(self._job(name), None)
 
     def read_rows(self, name: str, start: int, stop: int, axis: int = 0) -> torch.Tensor:
-        """``read(name)`` cut along ``axis``; only that part is computed where the steps allow it."""
+        """``read(name)`` cut along ``axis``; only that part is computed if it is one of ``cuts(name)``."""
         job = self._job(name)
-        if axis % max(1, len(self.shape(name))) in _bound(job.steps, len(self.shape(name))):
+        if axis % max(1, len(self.shape(name))) not in self.cuts(name):
             return self.read(name).narrow(axis, start, stop - start)
-        return self._apply(job, self.source.read_rows(job.origin, start, stop, axis))
+        return self._cut(job, (axis, start, stop))
+
+    def rows(self, name: str, index: torch.Tensor) -> torch.Tensor:
+        """``read(name)[index]`` for an int64 vector; neighbours are read together."""
+        distinct, place = index.unique(return_inverse=True)
+        if 0 not in self.cuts(name) or not len(index):
+            return self.read(name)[index]
+        breaks = (distinct.diff() != 1).nonzero().flatten() + 1
+        runs = distinct.tensor_split(breaks)
+        found = torch.cat([self.read_rows(name, int(run[0]), int(run[-1]) + 1) for run in runs])
+        return found if torch.equal(place, torch.arange(len(found))) else found[place]
+
+    def cuts(self, name: str) -> tuple[int, ...]:
+        """Axes along which a part costs no more than its share."""
+        bound = self._chain(self._job(name)).bound
+        return tuple(axis for axis in range(len(self.shape(name))) if axis not in bound)
 
     def _job(self, name: str) -> Job:
         return self._jobs.get(name) or Job(name, self.source.entry(name).name, ())
 
-    def _apply(self, job: Job, block: torch.Tensor) -> torch.Tensor:
+    def _chain(self, job: Job) -> Chain:
+        if job.parameter not in self._chains:
+            self._chains[job.parameter] = Chain.of(job.parameter, job.steps, self.source.shape(job.origin))
+        return self._chains[job.parameter]
+
+    def _cut(self, job: Job, cut: tuple[int, int, int] | None) -> torch.Tensor:
+        chain = self._chain(job)
+        block = chain.read(_fetcher(self.source, job.origin), cut)
         if not job.steps:
             return block
         _check_source(self.source, job, block)
-        return _run(job, block.to(torch.float64))
+        return chain.run(block, torch.float64)
 
 
 class _Work:
@@ -197,14 +223,14 @@ class _Work:
 
     def __init__(self, source: Checkpoint, job: Job, target: torch.dtype, budget: int, measure: bool) -> None:
         stored = source.dtype(job.origin)
-        self.source, self.job, self.target, self.measure = source, job, target, measure
-        self.rounds = job.arithmetic or target != stored
-        self.working = torch.float64 if job.arithmetic else stored if stored.itemsize > 1 else torch.float32
         shape = source.shape(job.origin)
-        total = math.prod(shape) * self.working.itemsize
-        free = [
-            axis for axis in range(len(shape)) if axis not in _bound(job.steps, len(shape)) and shape[axis]
-        ]
+        self.source, self.job, self.target, self.measure = source, job, target, measure
+        self.chain = Chain.of(job.parameter, job.steps, shape)
+        self.fetch = _fetcher(source, job.origin)
+        self.rounds = self.chain.arithmetic or target != stored
+        working = torch.float64 if job.arithmetic else stored if stored.itemsize > 1 else torch.float32
+        total = math.prod(shape) * working.itemsize
+        free = [axis for axis in range(len(shape)) if axis not in self.chain.bound and shape[axis]]
         self.axis, self.rows, self.extent = 0, 1, 1
         if shape:
             self.extent = self.rows = shape[0]
@@ -219,53 +245,41 @@ class _Work:
 
     def blocks(self) -> Iterator[torch.Tensor]:
         if self.whole:
-            yield self._finish(self.source.read(self.job.origin))
+            yield self._finish(self.chain.read(self.fetch))
             return
         for start in range(0, self.extent, self.rows):
-            yield self._finish(self._gather(start, min(start + self.rows, self.extent)))
-
-    def _gather(self, start: int, stop: int) -> torch.Tensor:
-        """The block ``start:stop`` along the axis, never mapping much more than it."""
-        name = self.job.origin
-        if self.axis == 0:
-            return self.source.read_rows(name, start, stop)
-        shape = list(self.source.shape(name))
-        rows = max(1, _GATHER_BYTES * shape[0] // max(1, self.source.entry(name).nbytes))
-        shape[self.axis] = stop - start
-        block = torch.empty(shape, dtype=self.source.dtype(name))
-        for row in range(0, shape[0], rows):
-            part = self.source.read_rows(name, row, min(row + rows, shape[0]))
-            block[row : row + rows] = part.narrow(self.axis, start, stop - start)
-        return block
+            stop = min(start + self.rows, self.extent)
+            yield self._finish(self.chain.read(self.fetch, (self.axis, start, stop)))
 
     def _finish(self, block: torch.Tensor) -> torch.Tensor:
         _check_source(self.source, self.job, block)
-        exact = _run(self.job, block.to(self.working))
-        result = exact.to(self.target)
-        if self.rounds:
-            if not all_finite(result):
-                raise _overflow(self.job, exact, self.target)
-            if self.measure and result.numel():
-                self.error = max(self.error, (result.double() - exact.double()).abs().max().item())
-        return result
+        return self.chain.run(block, self.target, self._check)
+
+    def _check(self, exact: torch.Tensor, result: torch.Tensor) -> None:
+        if not all_finite(result):
+            raise _overflow(self.job, exact, self.target)
+        if self.measure and result.numel():
+            self.error = max(self.error, (result.double() - exact.double()).abs().max().item())
 
 
-def _run(job: Job, tensor: torch.Tensor) -> torch.Tensor:
-    for step in job.steps:
-        result = step.apply(tensor)
-        if result.shape != tensor.shape or result.dtype != tensor.dtype:
-            raise RegaugeError(
-                f"a step ({type(step).__name__}) changed the form of its tensor",
-                parameter=job.parameter,
-                expected=f"{list(tensor.shape)} {tensor.dtype}",
-                found=f"{list(result.shape)} {result.dtype}",
-            )
-        tensor = result
-    return tensor
+def _fetcher(source: Checkpoint, name: str) -> Fetch:
+    """Parts of a stored tensor; along axes but the first, never mapping much more than the part."""
 
+    def fetch(axis: int | None, start: int, stop: int) -> torch.Tensor:
+        if axis is None:
+            return source.read(name)
+        if axis == 0:
+            return source.read_rows(name, start, stop)
+        shape = list(source.shape(name))
+        rows = max(1, _GATHER_BYTES * shape[0] // max(1, source.entry(name).nbytes))
+        shape[axis] = stop - start
+        block = torch.empty(shape, dtype=source.dtype(name))
+        for row in range(0, shape[0], rows):
+            part = source.read_rows(name, row, min(row + rows, shape[0]))
+            block[row : row + rows] = part.narrow(axis, start, stop - start)
+        return block
 
-def _bound(steps: tuple[Step, ...], rank: int) -> set[int]:
-    return {axis % rank for step in steps for axis in step.axes} if rank else set()
+    return fetch
 
 
 def _check_source(source: Checkpoint, job: Job, block: torch.Tensor) -> None:

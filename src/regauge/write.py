@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Generator, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,8 @@ class StagedOutput:
         self.staging = self.out.parent / f".{self.out.name}.regauge-partial"
         self.directory = self.staging / "files"
         self._pool = ThreadPoolExecutor(2)
+        self._under_way: list[Future[None]] = []
+        self._ending: tuple[str, TensorHash | None] | None = None
         fresh = not self.staging.exists()
         try:
             with self._disk():
@@ -97,6 +99,7 @@ class StagedOutput:
                 self._journal = Journal(self.staging / "journal.jsonl", self._head(key))
                 fresh = self._journal.fresh
                 self.directory.mkdir(exist_ok=True)
+                self._check_room()
                 for target in self.targets:
                     self._allocate(target)
                 self._write_rest(config or {})
@@ -120,6 +123,7 @@ class StagedOutput:
 
     def digest(self) -> str:
         """``Checkpoint.digest`` of the result, from the hashes made while writing."""
+        self.drain()
         return contents_digest(self.entries.values(), self.digests)
 
     def finished(self, name: str) -> bool:
@@ -132,6 +136,7 @@ class StagedOutput:
             origins: tensor of the result -> source tensor of the same dtype and shape.
             progress: called here, in the calling thread, with bytes done since the last call.
         """
+        self.drain()
         places = {name: (origin, self.entries[name], self._file(name)) for name, origin in origins.items()}
         with self._disk():
             copy_tensors(self._pool, self.source, places, self._finish, progress)
@@ -143,13 +148,16 @@ class StagedOutput:
         axis: int = 0,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Write a tensor given as blocks in order along ``axis``, each of the tensor's staged dtype."""
+        """Write a tensor given as blocks in order along ``axis``, each of the tensor's staged dtype.
+
+        The last block may still be on its way to the disk on return, so that the next tensor can be
+        computed meanwhile; :meth:`drain` waits, and every other method that needs the bytes calls it.
+        """
         entry = self.entries[name]
         shape = entry.shape or (1,)
         outer, itemsize = math.prod(shape[:axis]), DTYPES[entry.kind].itemsize
         inner = itemsize * math.prod(shape[axis + 1 :])
         digest, position = TensorHash(), 0
-        hashing: Future[None] | None = None
         with self._disk():
             for block in blocks:
                 count = block.shape[axis] if entry.shape else 1
@@ -159,21 +167,44 @@ class StagedOutput:
                         f"{name}: a block {tuple(block.shape)} {block.dtype} does not fit {entry}"
                     )
                 data, run = _bytes(block), count * inner
-                if hashing is not None:
-                    hashing.result()
+                self._settle()
+                rows = [
+                    (entry.start + (row * shape[axis] + position) * inner, data[row * run : (row + 1) * run])
+                    for row in range(outer if run else 0)
+                ]
+                self._under_way.append(self._pool.submit(self._put_all, self._file(name), rows))
                 if outer == 1:
-                    hashing = self._pool.submit(digest.update, data)
-                for row in range(outer if run else 0):
-                    at = entry.start + (row * shape[axis] + position) * inner
-                    put(self._file(name), data[row * run : (row + 1) * run], at)
+                    self._under_way.append(self._pool.submit(digest.update, data))
                 position += count
                 if progress is not None:
                     progress(len(data))
             if position != shape[axis]:
                 raise ValueError(f"{name}: {position} of {shape[axis]} along axis {axis} written")
-            if hashing is not None:
-                hashing.result()
-            self._finish(name, digest.hexdigest() if outer == 1 else self._hash(name))
+            if not self._under_way:
+                self._finish(name, digest.hexdigest())
+            else:
+                self._ending = (name, digest if outer == 1 else None)
+
+    def drain(self) -> None:
+        """Wait until all that was given to :meth:`write` has been written and entered in the journal."""
+        with self._disk():
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait for the block under way; if it was the last of its tensor, enter that in the journal."""
+        under_way, self._under_way = self._under_way, []
+        ending, self._ending = self._ending, None
+        wait(under_way)
+        for part in under_way:
+            part.result()
+        if ending is not None:
+            name, digest = ending
+            self._finish(name, self._hash(name) if digest is None else digest.hexdigest())
+
+    @staticmethod
+    def _put_all(file: int, parts: list[tuple[int, memoryview]]) -> None:
+        for at, data in parts:
+            put(file, data, at)
 
     def commit(self, manifest: Mapping[str, Any]) -> None:
         """Write ``regauge.json``, make everything durable, and let it appear at ``out``.
@@ -182,6 +213,7 @@ class StagedOutput:
             CheckpointError: a tensor is missing, or the disk is full.
             BadInput: ``out`` was taken in the meantime.
         """
+        self.drain()
         missing = [name for name in self.entries if name not in self.digests]
         if missing:
             raise CheckpointError(
@@ -271,18 +303,23 @@ class StagedOutput:
         if config:
             (self.directory / CONFIG).write_bytes(config_text(self.source, config))
 
+    def _check_room(self) -> None:
+        """Raise ENOSPC now rather than in the middle. What others write meanwhile is met when it happens."""
+        used = sum(
+            (self.directory / target.file).stat().st_blocks * 512
+            for target in self.targets
+            if (self.directory / target.file).exists()
+        )
+        if sum(target.size for target in self.targets) > used + shutil.disk_usage(self.directory).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def _allocate(self, target: Target) -> None:
         path = self.directory / target.file
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._files[target.file] = file
         if os.fstat(file).st_size != target.size:
             os.ftruncate(file, 0)
-            try:
-                os.posix_fallocate(file, 0, target.size)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                    raise
-                os.ftruncate(file, target.size)
+            os.ftruncate(file, target.size)  # Reserving the blocks as well makes every write cost more.
         put(file, memoryview(target.header), 0)
 
     def _take_over(self, claims: Mapping[str, str]) -> None:
