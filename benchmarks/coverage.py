@@ -13,6 +13,7 @@ untied) atlas. The table is written to ``coverage.md`` and ``coverage.json`` bes
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -23,7 +24,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,22 +153,35 @@ def _short(error: Exception) -> str:
 
 
 def _traced(config: Any, row: Row) -> Any:
+    import torch
+
+    from regauge.errors import TraceError
     from regauge.hf import load_meta
     from regauge.trace import trace
 
     row.stage = "build"
     hf = load_meta(config)
     row.stage = "trace"
-    return hf, trace(hf.model, (), hf.inputs)
+    try:
+        return hf, trace(hf.model, (), hf.inputs), ()
+    except TraceError:
+        parameters = inspect.signature(hf.model.forward).parameters
+        if "attention_mask" not in parameters or "input_ids" not in hf.inputs:
+            raise
+    # some models want a mask that says that every token counts
+    inputs = {**hf.inputs, "attention_mask": torch.ones_like(hf.inputs["input_ids"])}
+    return hf, trace(hf.model, (), inputs), ("attention_mask",)
 
 
 def _analyse(row: Row, loaded: Any, progress: Any) -> None:
     import math
 
+    import torch
+
     from regauge.discover import discover
     from regauge.trace import untie
 
-    hf, traced = loaded
+    hf, traced, masks = loaded
     row.nodes = len(traced.graph.nodes)
     row.parameters = sum(math.prod(shape) for shape in traced.shapes.values())
     row.stage = "discover"
@@ -189,7 +203,9 @@ def _analyse(row: Row, loaded: Any, progress: Any) -> None:
         row.folds = len(atlas.folds)
     row.stage = "probe"
     progress(row)
-    inputs = hf.real_inputs(batch=3, length=7, seed=1)
+    inputs = dict(hf.real_inputs(batch=3, length=7, seed=1))
+    for name in masks:
+        inputs[name] = torch.ones_like(inputs["input_ids"])
     row.worst, row.probed = _probe(row, traced, atlas, hf.buffers(), inputs, {}, "", progress)
     progress(row)
     if atlas.folded:
@@ -276,6 +292,10 @@ def _probe(
             # signs may be free as well, in a generator of their own: try mixing entries
             powers = any(abs(a.exponent) != 1 for a in generator.actions)
             changed = 0.0 if powers else prober.probe(generator, Kind.GENERAL_LINEAR).error
+        if not changed > FIRES and generator.kind is Kind.POSITIVE and len(generator.actions) > 1:
+            # signs are free as well, in generators of their own: leave one action out instead
+            part = replace(generator, actions=generator.actions[:-1])
+            changed = prober.probe(part).error
         if changed > FIRES:
             fired.add(str(generator.kind))
             continue

@@ -39,6 +39,7 @@ VARIANTS = (
     Sizes(fill=True),
     Sizes(head=None),
     Sizes(kv=4, rope=8),
+    Sizes(kv=4, rope=8, fill=True),
     Sizes(kv=4, head=None, types=False),
     Sizes(hidden=64, inner=128, layers=4, image=64, patch=16),
     Sizes(hidden=64, inner=128, kv=4, layers=4, head=None, lists=False, types=False),
