@@ -195,6 +195,10 @@ def test_shift_of_a_norm_moves_to_all_readers() -> None:
         (lambda m, x: (m.p(x) + m.n(x)).tanh() + m.p(x), ""),
         (lambda m, x: (m.p(x) + m.n(x)).tanh() + m.p.bias, ""),
         (lambda m, x: torch.add(m.g, m.n(x), alpha=2).tanh(), ""),
+        (lambda m, x: (lambda y: (y + m.n(x)).tanh() + y.sigmoid())(m.p(x)), ""),
+        (lambda m, x: (lambda y: (y[None] + m.n(x)).tanh() + y.sigmoid())(m.p(x)), ""),
+        (lambda m, x: (lambda y: (y + m.n(x)).tanh() + y.sigmoid())(m.p(x)[None]), ""),
+        (lambda m, x: (m.p(x)[None] + m.n(x)).tanh(), None),
     ],
 )  # fmt: skip
 def test_every_branch_must_take_the_shift_back(body: Body, reason: str | None) -> None:
