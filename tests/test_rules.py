@@ -186,6 +186,16 @@ CASES: dict[str, Case] = {
         {("a", 0): SCALE},
     ),
     "batch norm of the batch": between(lambda h: F.batch_norm(h, None, None, training=True), SIGN),
+    "batch norm that ignores what is stored": Case(
+        {"a": (N, 5), "b": (4, N), "m": (N,), "v": (N,)},
+        lambda p, x: (
+            torch.batch_norm(
+                F.linear(x, p["a"]), None, None, p["m"].clone(), p["v"].clone(), True, 0.1, 1e-5, False
+            )
+            @ p["b"].t()
+        ),
+        {("a", 0): SIGN},
+    ),
     "instance norm": images(lambda h: F.instance_norm(h), SIGN),
     "native group norm": images(lambda h: torch.ops.aten.native_group_norm(h, None, None, 3, N, 45, 2, 1e-5)[0], ONES | SIGN),
     "statistics that are used": between(lambda h: torch.ops.aten.native_layer_norm(h, [N], None, None, 1e-5)[1] * h, NOTHING),
