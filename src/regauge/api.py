@@ -220,7 +220,8 @@ def rewrite(
         clock.lap("plan")
         config = dict(plan.config)
         if dtype is not None:
-            config["dtype"] = str(dtype).removeprefix("torch.")
+            old = "torch_dtype" in read_config(path)
+            config |= dict.fromkeys(("dtype", "torch_dtype")[: 1 + old], str(dtype).removeprefix("torch."))
         key = _digest(files.stamp(), plan.recipe, seed, str(dtype), max_memory)
         copies = tensor_copies(files, plan, names)
         with StagedOutput(target, files, key=key, copies=copies, dtype=dtype, config=config) as staged:

@@ -31,7 +31,7 @@ class Value:
 
     ``given`` values (inputs, buffers, anything computed from them alone) never change; all their
     axes are data. ``parameter`` names the state-dict entry a value is, ``chart`` the constant that
-    was added to it.
+    was added to it. ``varies``: a given value that depends on the inputs, not on constants alone.
     """
 
     __slots__ = (
@@ -47,6 +47,7 @@ class Value:
         "pending",
         "product_of",
         "range_of",
+        "varies",
         "zero",
     )
 
@@ -64,6 +65,7 @@ class Value:
         self.normalised: int | None = None
         self.range_of: tuple[Value, int] | None = None
         self.zero = False
+        self.varies = False
 
     @property
     def shape(self) -> tuple[int, ...]:

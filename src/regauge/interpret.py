@@ -87,7 +87,9 @@ def _placeholder(walk: Walk, node: fx.Node) -> Any:
         return trace.parameters[node.name]
     example = node.meta.get("val")
     if isinstance(example, torch.Tensor):
-        return walk.given(tuple(int(n) for n in example.shape))
+        out = walk.given(tuple(int(n) for n in example.shape))
+        out.varies = node.name in trace.inputs
+        return out
     return example
 
 
@@ -126,9 +128,11 @@ def _call(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], rules: dict[str, R
     tensors = _values([*args, *kwargs.values()])
     rule = rules.get(name)
     if name != "getitem" and all(value.given for value in tensors):
-        if rule is not None and getattr(rule, "even_given", False):
-            return _guarded(walk, node, rule, args, kwargs)
-        return _given(walk, example)
+        even = rule is not None and getattr(rule, "even_given", False)
+        out = _guarded(walk, node, rule, args, kwargs) if rule is not None and even else _given(walk, example)
+        for value in _values(out):
+            value.varies = any(tensor.varies for tensor in tensors)
+        return out
     if rule is None:
         return _refuse(walk, node, tensors, f"{name} is an operation without a rule")
     return _guarded(walk, node, rule, args, kwargs)

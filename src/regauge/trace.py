@@ -105,7 +105,7 @@ class _Select(nn.Module):
     """Runs a model and returns only the tensors that define its function.
 
     The result may be a tensor, a sequence, a mapping or a dataclass-like output. If it has a field
-    ``logits`` that is the function; otherwise every floating-point tensor of it is.
+    ``logits`` that is the function; otherwise every tensor of it is.
     """
 
     def __init__(self, model: nn.Module, outputs: Sequence[str] | None) -> None:
@@ -127,14 +127,15 @@ class _Select(nn.Module):
             found = {name: found[name] for name in self.outputs}
         elif "logits" in found:
             found = {"logits": found["logits"]}
+        if not found:
+            raise TraceError("the model returns no tensor", expected="at least one", found="none")
         self.names[:] = found
         return tuple(found.values())
 
 
 def _tensors(value: Any, name: str = "output") -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(value, torch.Tensor):
-        if value.is_floating_point() or value.is_complex():
-            yield name, value
+        yield name, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield from _tensors(item, key if name == "output" else f"{name}.{key}")
@@ -158,7 +159,7 @@ def trace(
         args: example positional inputs.
         kwargs: example keyword inputs.
         outputs: names of the output fields that define the function; default ``logits`` if the
-            model returns a field of that name, else every floating-point tensor it returns.
+            model returns a field of that name, else every tensor it returns.
 
     Raises:
         TraceError: ``torch.export`` refused; ``found`` carries its reason.
@@ -192,12 +193,12 @@ def trace(
 def role(trace: Trace, node: fx.Node, name: str) -> str:
     """Which alias of a tied parameter an operation uses: the one owned by the module that computes."""
     path = module_path(node)
-    best = name
-    for alias in trace.aliases[name]:
-        owner = alias.rpartition(".")[0]
-        if owner and (path == owner or path.endswith("." + owner) or owner.endswith("." + path)):
-            best = alias
-    return best
+    owners = {alias: alias.rpartition(".")[0] for alias in trace.aliases[name]}
+    for alias, owner in owners.items():
+        if owner == path:
+            return alias
+    inside = [a for a, o in owners.items() if o and (path.endswith("." + o) or o.endswith("." + path))]
+    return max(inside, key=lambda alias: len(owners[alias]), default=name)
 
 
 def untie(trace: Trace) -> Trace:

@@ -92,7 +92,7 @@ class StagedOutput:
         self._pool = ThreadPoolExecutor(2)
         self._under_way: list[Future[None]] = []
         self._ending: tuple[str, TensorHash | None] | None = None
-        fresh = not self.staging.exists()
+        fresh = False  # until the journal holds the lock, what is staged may be another process's
         try:
             with self._disk():
                 self.staging.mkdir(exist_ok=True)

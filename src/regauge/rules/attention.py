@@ -30,6 +30,8 @@ def attention(walk: Walk, node: Any, q: Value, k: Value, v: Value, mask: Value |
         both_given = scores.given or mask.given
         scores = walk.pointwise([scores, mask], Law.SHIFT if both_given else Law.SUM)
     weights = walk.softmax(scores, -1)
+    if mask is not None and mask.varies:
+        weights.normalised = None  # a row whose keys are all masked averages nothing: it gives zero
     out = walk.contract(weights, v, [*lead, "t", "s"], [*lead, "s", "e"], [*lead, "t", "e"])
     return first(walk, node, q, out) if isinstance(node.meta["val"], (list, tuple)) else out
 

@@ -108,23 +108,9 @@ def _entries(node: Any, half: tuple[int, int, int]) -> str | None:
         if name in _TABLE_SCALE and not isinstance(node.args[1], fx.Node):
             inner = _table_key(node.args[0], half)
             return None if inner is None else f"{name}({inner},{node.args[1]})"
-        if name in (
-            "aten.index",
-            "aten.embedding",
-            "aten.index_select",
-            "aten.transpose",
-            "aten.permute",
-            "aten.select",
-        ):
-            base = node.args[0]
-            if (
-                isinstance(base, fx.Node)
-                and shape_of(base)
-                and shape_of(base)[-1] == shape[-1]
-                and name in ("aten.index", "aten.index_select", "aten.embedding")
-            ):
-                inner = _table_key(base, half)
-                return None if inner is None else f"{name}({inner}|{node.args[1:]})"
+        if name in ("aten.index", "aten.embedding", "aten.index_select") and _keeps_last_axis(node):
+            inner = _table_key(node.args[0], half)
+            return None if inner is None else f"{name}({inner}|{node.args[1:]})"
         if name == "aten.cat" and isinstance(node.args[0], (list, tuple)):
             parts = [strip(p) for p in node.args[0]]
             dim = node.args[1] if len(node.args) > 1 else 0
@@ -281,3 +267,16 @@ def _combine(reader: Reader, left: _Side, right: _Side, sign: int) -> list[tuple
             out.append((a, n, s, merged))
         return out
     return None
+
+
+def _keeps_last_axis(node: fx.Node) -> bool:
+    """A lookup that takes whole rows: every other axis may be indexed, the last one stays as it is."""
+    base = node.args[0]
+    if not isinstance(base, fx.Node) or not shape_of(base) or shape_of(base)[-1] != shape_of(node)[-1]:
+        return False
+    rank = len(shape_of(base))
+    if op_name(node) == "aten.index_select":
+        return isinstance(node.args[1], int) and node.args[1] % rank != rank - 1
+    if op_name(node) == "aten.index":
+        return isinstance(node.args[1], (list, tuple)) and len(node.args[1]) < rank
+    return True

@@ -153,8 +153,12 @@ def argmax(walk: Walk, node: Any, x: Value, dim: Any = None, keepdim: bool = Fal
 
 @RULES.op("aten.softmax", "aten._softmax", "aten._safe_softmax")
 def softmax(walk: Walk, node: Any, x: Value, dim: int, *rest: Any, **kwargs: Any) -> Value:
-    """Symmetric in the entries of the axis, blind to a constant added along it, sums to one."""
-    return walk.softmax(x, dim)
+    """Symmetric in the entries of the axis, blind to a constant added along it, sums to one (the safe
+    form gives zero where every entry is masked)."""
+    out = walk.softmax(x, dim)
+    if node.target.overloadpacket.__name__ == "_safe_softmax":
+        out.normalised = None
+    return out
 
 
 @RULES.op("aten.log_softmax", "aten._log_softmax")

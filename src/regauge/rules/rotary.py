@@ -29,13 +29,14 @@ class Match:
     def apply(self, walk: Walk, env: dict[fx.Node, Any]) -> Value:
         """y = x with every pair multiplied by a fixed complex number."""
         x = env[self.source]
-        if x.given:
-            return walk.given(x.shape)
-        tables = [env[table] for table in self.tables if table in env]
-        if any(isinstance(t, Value) and not t.given for t in tables):
+        tables = [t for table in self.tables if isinstance(t := env.get(table), Value)]
+        if any(not table.given for table in tables):
             for value in (x, *tables):
                 walk.stop(value, "is rotated by angles that depend on parameters")
-            return walk.given(x.shape)
+            return walk.given(shape_of(self.output))
+        if x.given or x.shape != shape_of(self.output):
+            walk.stop(x, "is rotated into another shape")
+            return walk.given(shape_of(self.output))
         for table in self.tables:
             sizes = shape_of(table)[:-1]
             for axis in range(max(0, x.rank - 1 - len(sizes)), x.rank - 1):

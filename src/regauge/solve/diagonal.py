@@ -30,7 +30,7 @@ from regauge.facts import (
     Stop,
     Value,
 )
-from regauge.solve.layout import Block, Layout, Occurrence, OccurrenceMap
+from regauge.solve.layout import Block, Layout, Occurrence, OccurrenceMap, unread_blocks
 from regauge.solve.linear_system import Expr, LinearSystem
 
 Subset = frozenset[Occurrence]
@@ -51,7 +51,11 @@ class Unknown:
 class Diagonal:
     """Solves one field. After ``solve``: ``system``, ``unknowns``, and why each zero is zero."""
 
-    def __init__(self, layout: Layout, facts: Facts, binary: bool, folded: Set[int] = frozenset()) -> None:
+    def __init__(
+        self, layout: Layout, facts: Facts, binary: bool, folded: Set[int], read: Set[Block]
+    ) -> None:
+        self.read = read
+        self._sources_of: dict[Block, Exprs] = {}
         self.layout = layout
         self.facts = facts
         self.binary = binary
@@ -67,10 +71,16 @@ class Diagonal:
             if value.id in self.folded:
                 continue
             for block in self.layout.blocks(value):
-                self._exprs[block] = self._sources(value, block)
+                self._exprs[block] = self._sources_of[block] = self._sources(value, block)
         for fact in self.facts.facts:
             self._fact = fact
             self._handle(fact)
+        self._fact = None
+        for block, partner, shared in unread_blocks(self.layout, self.facts, self.read):
+            like = self._sources_of.get(partner, {})
+            for subset, expr in self._sources_of.get(block, {}).items():
+                twin = like.get(subset, {}) if subset <= shared else {}
+                self._zero(self.system.add(expr, twin, Fraction(-1)))
         return self
 
     def _sources(self, value: Value, block: Block) -> Exprs:

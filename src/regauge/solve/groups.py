@@ -37,7 +37,7 @@ from regauge.facts import (
     Value,
 )
 from regauge.interpret import Selection
-from regauge.solve.layout import Block, Layout, Occurrence, OccurrenceMap
+from regauge.solve.layout import Block, Layout, Occurrence, OccurrenceMap, unread_blocks
 
 LINEAR = (Kind.ORTHOGONAL_ONES, Kind.ORTHOGONAL, Kind.GENERAL_LINEAR, Kind.COMPLEX)
 ALL = (Kind.PERMUTATION, *LINEAR)
@@ -122,6 +122,7 @@ class Groups:
         self.linear = Forest()
         self.extra: dict[Block, set[int]] = {}  # axes mixed over: what survives cannot depend on them
         self.summed: dict[tuple[Block, Occurrence], set[int]] = {}  # the same for one occurrence
+        self.read: set[Block] = set()
         self._fact: Fact | None = None
 
     def solve(self) -> Groups:
@@ -138,6 +139,16 @@ class Groups:
         for fact in self.facts.facts:
             self._fact = fact
             self._handle(fact)
+        self._fact = None
+        unread = list(unread_blocks(self.layout, self.facts, self.read))
+        for block, partner, shared in unread:
+            for occurrence in block.order:
+                if occurrence in shared:
+                    self._join(block, occurrence, partner, occurrence, 0, True)
+                else:
+                    self._stop(
+                        block, [occurrence], ALL, "is a part of the parameter that the trace does not read"
+                    )
         return self
 
     # --- helpers ---------------------------------------------------------------------------------
@@ -173,6 +184,7 @@ class Groups:
         atom = block_a.occurrences[a]
         if isinstance(atom, Selection) or isinstance(block_b.occurrences[b], Selection):
             return
+        self.read.update((block_a, block_b))
         p, q = self.permutations.key(block_a, a), self.permutations.key(block_b, b)
         self.permutations.union(p, q, 0)
         if not linear:
@@ -325,8 +337,7 @@ class Groups:
                 self._kill("layouts do not match", fact.a, fact.b, fact.out)
                 continue
             both = set(free_a.values()) & set(free_b.values())
-            for block, free in ((a, free_a), (b, free_b)):
-                labels = fact.la if block.value is fact.a else fact.lb
+            for block, free, labels in ((a, free_a, fact.la), (b, free_b, fact.lb)):
                 over = {axis for axis, letter in enumerate(labels) if letter not in fact.lo}
                 for o, target in free.items():
                     self.summed.setdefault((block, o), set()).update(over)
@@ -341,11 +352,10 @@ class Groups:
                 if fact.a is fact.b:
                     only = (Kind.GENERAL_LINEAR, Kind.COMPLEX)
                     self._stop(a, [x], only, "only its squared length is used")
-            for block, free, used in (
-                (a, free_a, {x for x, _ in pairs}),
-                (b, free_b, {y for _, y in pairs}),
+            for block, free, used, labels in (
+                (a, free_a, {x for x, _ in pairs}, fact.la),
+                (b, free_b, {y for _, y in pairs}, fact.lb),
             ):
-                labels = fact.la if block is a else fact.lb
                 for o in block.order:
                     if o in free or o in used:
                         continue

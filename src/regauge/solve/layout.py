@@ -6,7 +6,7 @@ block every axis is a plain product of atoms. An *occurrence* is (axis, atom id)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -173,8 +173,6 @@ class Layout:
         where_b = {letter: axis for axis, letter in enumerate(fact.lb)}
         for a in self.blocks(fact.a):
             for b in self.blocks(fact.b):
-                if fact.a is fact.b and a is not b:
-                    continue
                 shared = [x for x in fact.la if x in where_b]
                 if any(
                     a.offsets[where_a[x]] != b.offsets[where_b[x]]
@@ -211,7 +209,8 @@ class Layout:
 def _match(
     block: Block, source: list[Occurrence], out: Block, target: list[Occurrence], mapping: OccurrenceMap
 ) -> None:
-    if len(source) == len(target) and all(
+    once = len(set(source)) == len(source) == len(target) == len(set(target))
+    if once and all(
         a[1] == b[1] or isinstance(out.occurrences[b], Selection) for a, b in zip(source, target, strict=True)
     ):
         mapping.update(zip(source, target, strict=True))
@@ -220,3 +219,27 @@ def _match(
         same = [b for b in target if b[1] == a[1]]
         if len(same) == 1 and [o[1] for o in source].count(a[1]) == 1:
             mapping[a] = same[0]
+
+
+def unread_blocks(
+    layout: Layout, facts: Facts, read: Set[Block]
+) -> Iterator[tuple[Block, Block, frozenset[Occurrence]]]:
+    """Blocks of parameters that no fact reads although others of the same parameter are read (the rows
+    of a position table beyond the traced length): each with the read block most like it, and the
+    occurrences on axes where the two do not differ. There it must move along; elsewhere it is stopped.
+    """
+    for value in facts.parameters.values():
+        blocks = layout.blocks(value)
+        known = [block for block in blocks if block in read]
+        if not known or len(known) == len(blocks):
+            continue
+        for block in blocks:
+            if block in read:
+                continue
+            partner = max(known, key=lambda other: len(_shared(block, other)))
+            yield block, partner, _shared(block, partner)
+
+
+def _shared(block: Block, other: Block) -> frozenset[Occurrence]:
+    same = {axis for axis, (a, b) in enumerate(zip(block.pieces, other.pieces, strict=True)) if a == b}
+    return frozenset(o for o in block.order if o[0] in same and o in other.occurrences)

@@ -16,7 +16,7 @@ from typing import Any
 from regauge.atlas import Action, Factor, Generator, Kind, Part
 from regauge.facts import Value
 from regauge.solve.blind import ALL, NOTHING, Blind, Family, meet
-from regauge.solve.layout import Block
+from regauge.solve.layout import Block, unread_blocks
 
 NOWHERE = "whole tensors"
 
@@ -30,10 +30,18 @@ def null_generators(solver: Any, spaces: Any, blind: Blind) -> list[Generator]:
     free: list[Generator] = []
     whole: dict[tuple[str, ...], str] = {}
     values = stand_ins(solver)
+    partners = {
+        block: (partner, {axis for axis, _ in shared})
+        for block, partner, shared in unread_blocks(solver.layout, solver.walk.result, solver.groups.read)
+    }
     for value in parameters(solver):
         taken: set[tuple[int, tuple[int, ...]]] = set()
         for block in solver.layout.blocks(value):
-            family = _family(solver, blind, values[str(value.parameter)], block)
+            # What the trace does not read moves like the read block it resembles, on the axes they share.
+            partner, axes = partners.get(block, (block, set(range(value.rank))))
+            family = _family(solver, blind, values[str(value.parameter)], partner)
+            if block in partners and family != ALL:
+                family = frozenset(s for s in family if s <= axes)
             if family == ALL:
                 where = next((_space(solver, spaces, block, o[0]) for o in block.order), None) or NOWHERE
                 action = replace(solver.action(block, None, Fraction(0)), chart=0.0)

@@ -42,8 +42,8 @@ class Solver:
         self.folded = frozenset(folded)
         facts = walk.result
         self.groups = Groups(layout, facts, self.folded).solve()
-        self.positive = Diagonal(layout, facts, False, self.folded).solve()
-        self.signs = Diagonal(layout, facts, True, self.folded).solve()
+        self.positive = Diagonal(layout, facts, False, self.folded, self.groups.read).solve()
+        self.signs = Diagonal(layout, facts, True, self.folded, self.groups.read).solve()
         self.name = _Namer({})
         self.data_names: dict[tuple[int, int], str] = {}
 
