@@ -104,6 +104,25 @@ def test_matrices_give_the_same_numbers(seed: int) -> None:
         assert_close(found, one_by_one(steps, weight), rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("style", ["default", "hadamard", "householder"])
+@pytest.mark.parametrize("layout", [0, 3, 5, 8])
+def test_columns_may_be_done_a_few_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, layout: int, style: str
+) -> None:
+    parts, axis, acting, copies = LAYOUTS[layout]
+    sizes = {factor.name: factor.size for part in parts for factor in part.factors}
+    count = {0: 1, 3: 6, 5: 5, 8: 1}[layout]
+    kind = Kind.ORTHOGONAL if style != "hadamard" or sizes[acting] % 4 == 0 else Kind.GENERAL_LINEAR
+    style = style if kind is Kind.ORTHOGONAL else "default"
+    drawn_element = random_element(kind, sizes[acting], count, torch.Generator().manual_seed(1), style)  # type: ignore[arg-type]
+    one = ActStep(Action("w", parts, axis, acting, Fraction(-1)), drawn_element, copies, SHAPE)
+    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    expected = one.apply(weight)
+    monkeypatch.setattr("regauge.act._CHUNK_COLUMNS", 3)
+    monkeypatch.setattr("regauge.act._CHUNK", 100)
+    assert_close(one.apply_(weight.clone()), expected, rtol=1e-13, atol=1e-13)
+
+
 def test_other_steps_take_part() -> None:
     weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     columns = (Action("w", (WHOLE_ROWS, COLUMNS), 1, "column"), SHAPE)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from regauge.certify.lazy import LazyWeight
+from regauge.certify.lazy import LazyWeight, apply_lazily
 from regauge.certify.run import held_bytes, run, run_in_parts
 from regauge.errors import BadInput, TraceError
 from regauge.trace import Trace, trace
@@ -426,3 +426,43 @@ def test_an_output_in_parts_is_the_output(cap: bool, dtype: Any) -> None:
     assert max(rows for name, rows in state if name == "outer.weight") == 7
     assert torch.get_default_dtype() is torch.float32
     assert (held_bytes(traced, 100), held_bytes(traced)) == (8 * 6 * 8, 8 * 6 * 58)
+
+
+class Parts:
+    """Weights of which only parts along some axes come cheap; the whole is recorded."""
+
+    def __init__(self, tensor: Tensor, axes: tuple[int, ...]) -> None:
+        self.tensor, self.axes, self.read = tensor, axes, list[int]()
+
+    def __call__(self, name: str) -> Tensor:
+        self.read.append(self.tensor.numel())
+        return self.tensor
+
+    def cuts(self, name: str) -> tuple[int, ...]:
+        return self.axes
+
+    def read_rows(self, name: str, start: int, stop: int, axis: int = 0) -> Tensor:
+        assert axis in self.axes
+        self.read.append(self.tensor.narrow(axis, start, stop - start).numel())
+        return self.tensor.narrow(axis, start, stop - start)
+
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        return self.tensor[index]
+
+
+@pytest.mark.parametrize("stored", [(30, 20), (20, 30)])
+@pytest.mark.parametrize("axes", [(0,), (1,), (0, 1), ()])
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_weight_is_cut_along_an_axis_that_allows_it(
+    stored: tuple[int, int], axes: tuple[int, ...], exact: bool
+) -> None:
+    tensor, x = torch.randn(stored, dtype=torch.float64), torch.randn(4, 20, dtype=torch.float64)
+    source = Parts(tensor, axes)
+    weight = LazyWeight("w", stored, source, torch.float64, (1, 0) if stored[0] == 30 else None)
+    done, found = apply_lazily("aten.mm.default", (x, weight), {}, 100, exact=exact)
+    summed = {(30, 20): 1, (20, 30): 0}[stored] == weight.axis()
+    assert done is (exact or not summed)
+    if done:
+        assert_close(found, x @ (tensor.T if stored[0] == 30 else tensor))
+        assert max(source.read) <= (100 if axes else 600)
+        assert len(source.read) > 1 or not axes

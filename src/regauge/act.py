@@ -13,8 +13,14 @@ from dataclasses import dataclass
 import torch
 
 from regauge.atlas import Action, Generator, Kind, Part
-from regauge.elements import Diagonal, Element, Permutation, is_subgroup
+from regauge.elements import Diagonal, Element, Matrix, Permutation, Product, is_subgroup
 from regauge.errors import RegaugeError
+
+_CHUNK = 1 << 17
+"""Entries that an element without a matrix is applied to at once: 1 MiB, which stays in the cache."""
+
+_CHUNK_COLUMNS = 1 << 10
+"""Columns that a dense element is applied to at once."""
 
 
 def act(
@@ -59,14 +65,38 @@ def _act(
         _check_floating(out, action)
         if isinstance(element, Diagonal) and out.dtype is torch.float64:
             return _scale(out, block, action, element, len(copies))
-        x = block.reshape(element.count, element.n, -1).to(torch.float64)
-        y = element.apply(x + action.chart if action.chart else x, action.exponent)
-        if action.chart:
-            y = y - action.chart
+        if element.count * element.n * _CHUNK_COLUMNS < block.numel():
+            return _in_chunks(out, block, action, element, len(copies))
+        y = _moved(block, action, element)
     if out.dtype == y.dtype and block.is_contiguous() and block.numel() == out.numel():
         return y.reshape(out.shape).contiguous()
     block.copy_(y.reshape(block.shape))
     return out
+
+
+def _moved(block: torch.Tensor, action: Action, element: Element) -> torch.Tensor:
+    x = block.reshape(element.count, element.n, -1).to(torch.float64)
+    y = element.apply(x + action.chart if action.chart else x, action.exponent)
+    return y - action.chart if action.chart else y
+
+
+def _in_chunks(
+    out: torch.Tensor, block: torch.Tensor, action: Action, element: Element, copies: int
+) -> torch.Tensor:
+    """The same, some columns at a time: they fit the cache, and nothing of the block's size is made."""
+    rest = block.shape[copies + 1 :]
+    longest = max(range(len(rest)), key=lambda dim: rest[dim])
+    dim = copies + 1 + longest
+    wanted = _CHUNK_COLUMNS if _dense(element) else max(1, _CHUNK // (element.count * element.n))
+    columns = block.numel() // (element.count * element.n)
+    for part in block.split(max(1, wanted * rest[longest] // columns), dim):
+        part.copy_(_moved(part, action, element).reshape(part.shape))
+    return out
+
+
+def _dense(element: Element) -> bool:
+    """Whether every column costs a product with a matrix, which is read anew for every chunk."""
+    return isinstance(element, Matrix) or (isinstance(element, Product) and any(map(_dense, element.parts)))
 
 
 def _scale(

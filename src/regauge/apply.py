@@ -76,8 +76,8 @@ def apply_rewrite(
         rewrite: what to do.
         out: made for the same source, with ``copies=tensor_copies(...)`` and the same ``dtype``.
         names: which tensors store which parameter; others are copied.
-        max_memory: bytes that blocks may take altogether, roughly; a block gets a quarter of it
-            (default 16 MB). A tensor whose steps leave no axis to cut along is worked on whole.
+        max_memory: bytes that blocks may take altogether, roughly; a block gets a sixteenth of
+            it, at most 16 MiB. A tensor whose steps leave no axis to cut along is worked on whole.
         dtype: must be ``out.dtype`` if given.
         progress: called with the number of bytes of the result finished since the last call; they add
             up to ``out.size_bytes``, resumed tensors included.
@@ -94,7 +94,7 @@ def apply_rewrite(
     begin = time.perf_counter()
     jobs = plan_jobs(source, rewrite, names)
     _check_repeated(source, jobs, names)
-    budget = _BLOCK_BYTES if max_memory is None else max(1 << 16, max_memory // 4)
+    budget = _BLOCK_BYTES if max_memory is None else min(_BLOCK_BYTES, max(1 << 16, max_memory // 16))
     count = dict.fromkeys(("copied", "moved", "computed", "recast", "resumed"), 0)
     origins: dict[str, str] = {}
     read = written = peak = 0

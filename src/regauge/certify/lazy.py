@@ -1,7 +1,8 @@
 """Large weights that are read, cast and multiplied a block of rows at a time.
 
-A weight is only ever cut along its stored axis 0. Where that axis is the output of a product, blocks are
-independent; where it is summed over, blocks are added up, which is done in float64 only.
+A weight is cut along its stored axis 0, or along another one if only that way a part of it can be computed
+alone. Where that axis is the output of a product, blocks are independent; where it is summed over, blocks
+are added up, which is done in float64 only.
 """
 
 from __future__ import annotations
@@ -27,6 +28,19 @@ class Weights(Protocol):
 
     def rows(self, name: str, index: torch.Tensor) -> torch.Tensor:
         """Rows ``index`` (int64, 1-D) of axis 0: shape ``(len(index), *rest)``."""
+        ...
+
+
+@runtime_checkable
+class Divisible(Protocol):
+    """Weights that are computed when asked for, and that cannot be computed in parts along every axis."""
+
+    def cuts(self, name: str) -> tuple[int, ...]:
+        """Axes along which a part costs no more than its share."""
+        ...
+
+    def read_rows(self, name: str, start: int, stop: int, axis: int = 0) -> torch.Tensor:
+        """Entries ``start:stop`` along an axis."""
         ...
 
 
@@ -73,16 +87,24 @@ class LazyWeight:
             found = self._raw()[index]
         return found.to(self.dtype)
 
-    def slices(self, size: int) -> list[tuple[int, int]]:
-        """Bounds of blocks of about ``size`` elements along stored axis 0."""
-        width = max(1, math.prod(self.stored[1:]))
-        step = max(1, size // width)
-        return [(start, min(start + step, self.stored[0])) for start in range(0, self.stored[0], step)]
+    def slices(self, size: int, axis: int = 0) -> list[tuple[int, int]]:
+        """Bounds of blocks of about ``size`` elements along a stored axis."""
+        length = self.stored[axis]
+        step = max(1, size // max(1, self.numel // max(1, length)))
+        return [(start, min(start + step, length)) for start in range(0, length, step)]
 
-    def cut(self, start: int, stop: int) -> torch.Tensor:
-        if isinstance(self.source, Weights):
+    def axis(self) -> int:
+        """The stored axis to cut along: 0, or another one if a part of 0 would cost as much as the whole."""
+        cuts = self.source.cuts(self.name) if isinstance(self.source, Divisible) else (0,)
+        return cuts[0] if cuts else 0
+
+    def cut(self, start: int, stop: int, axis: int = 0) -> torch.Tensor:
+        if isinstance(self.source, Divisible):
+            if axis in self.source.cuts(self.name):
+                return self.source.read_rows(self.name, start, stop, axis).to(self.dtype)
+        elif axis == 0 and isinstance(self.source, Weights):
             return self.rows(torch.arange(start, stop))
-        return self._raw()[start:stop].to(self.dtype)
+        return self._raw().narrow(axis, start, stop - start).to(self.dtype)
 
     def _raw(self) -> torch.Tensor:
         if not self._held:
@@ -178,16 +200,20 @@ def _product(x: torch.Tensor, weight: LazyWeight, block: int, exact: bool) -> to
     """``x @ weight`` for a weight (in, out) of two axes."""
     if len(weight.stored) != 2:
         return None
-    if weight.order == (1, 0):
-        out = torch.empty((*x.shape[:-1], weight.stored[0]), dtype=torch.promote_types(x.dtype, weight.dtype))
-        for start, stop in weight.slices(block):
-            out[..., start:stop] = torch.matmul(x, weight.cut(start, stop).t())
+    axis = weight.axis()
+    inner, outer = weight.order
+    if axis == outer:
+        out = torch.empty(
+            (*x.shape[:-1], weight.stored[axis]), dtype=torch.promote_types(x.dtype, weight.dtype)
+        )
+        for start, stop in weight.slices(block, axis):
+            out[..., start:stop] = torch.matmul(x, weight.cut(start, stop, axis).permute(inner, outer))
         return out
     if not exact:
         return None
-    total = torch.zeros((*x.shape[:-1], weight.stored[1]), dtype=x.dtype)
-    for start, stop in weight.slices(block):
-        total += torch.matmul(x[..., start:stop], weight.cut(start, stop))
+    total = torch.zeros((*x.shape[:-1], weight.stored[outer]), dtype=x.dtype)
+    for start, stop in weight.slices(block, axis):
+        total += torch.matmul(x[..., start:stop], weight.cut(start, stop, axis).permute(inner, outer))
     return total
 
 

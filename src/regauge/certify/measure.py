@@ -254,6 +254,9 @@ def _rerounded(values: torch.Tensor, dtype: torch.dtype, steps: torch.Tensor) ->
         still |= rounded != values
     # One ulp away from zero is the next bit pattern, whatever the sign.
     moved = (rounded.view(_PATTERNS[dtype]) + steps.masked_fill(still, 0)).view(dtype)
+    low, high = torch.aminmax(rounded) if rounded.numel() else (torch.zeros(()), torch.zeros(()))
+    if -torch.finfo(dtype).max < float(low) and float(high) < torch.finfo(dtype).max:
+        return moved
     return torch.where(torch.isfinite(moved), moved, rounded)
 
 
