@@ -20,6 +20,7 @@ from regauge.certify import (
     Figures,
     FunctionEvidence,
     Rerounded,
+    StoredWeights,
     Verdict,
     certify,
     certify_modules,
@@ -28,6 +29,7 @@ from regauge.certify import (
     schema,
 )
 from regauge.certify.figures import Distance, Held, compare
+from regauge.checkpoint import Checkpoint
 from regauge.errors import BadInput, CheckpointError, TraceError
 
 transformers = pytest.importorskip("transformers")
@@ -254,6 +256,32 @@ def test_what_cannot_be_compared_is_refused(original: Path, tmp_path: Path) -> N
 
     with pytest.raises(BadInput, match="ties tensors"):
         certify(original, changed(original, tmp_path / "twice", twice), **SMALL)
+
+
+def test_rows_of_stored_weights_are_rows_of_the_tensor(original: Path) -> None:
+    tensor = load_file(original / "model.safetensors")["model.embed_tokens.weight"]
+    with Checkpoint.open(original) as files:
+        weights = StoredWeights(files, {"w": "model.embed_tokens.weight"})
+        for index in (
+            torch.arange(3, 9),
+            torch.tensor([5, 0, 60]),
+            torch.tensor([4, 4, 6]),
+            torch.tensor([2]),
+        ):
+            assert torch.equal(weights.rows("w", index), tensor[index])
+        with pytest.raises(CheckpointError, match="no tensor"):
+            weights("v")
+
+
+def test_a_config_without_dtype_means_the_dtype_of_the_checkpoint(original: Path, tmp_path: Path) -> None:
+    def rounded(state: State) -> None:
+        state.update({n: t.bfloat16() for n, t in state.items()})
+
+    silent = changed(original, tmp_path / "silent", rounded)
+    stated = changed(original, tmp_path / "stated", rounded, dtype="bfloat16")
+    certificate = certify(silent, stated, **SMALL)
+    assert certificate.evidence.stored is not None
+    assert certificate.evidence.stored.max_abs == 0.0
 
 
 # -- two modules ---------------------------------------------------------------------------------------
