@@ -200,6 +200,17 @@ def _apart(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> floa
     return max(float((a[key] - b[key]).abs().max()) for key in a) / largest
 
 
+# --- moves in other orders ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tied_head", "layers_share", "llama-tied", "gpt2", "t5", "whisper", "bert"])
+def test_untying_late_takes_over_what_was_done(name: str) -> None:
+    """The second copy starts as the tensor is by then, and each goes its own way afterwards."""
+    moved = move(name, "permute", "untie", "permute", "permute")
+    assert moved.plan.copies
+    assert distance(original(name), moved.output) < SAME
+
+
 # --- gains of zero, negative gains, given vectors -----------------------------------------------------------
 
 
