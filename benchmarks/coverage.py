@@ -114,6 +114,7 @@ def examine(kind: str, family: str, cls: str, progress: Any) -> None:
         from tiny import tiny_configs
 
         for config in tiny_configs(CONFIG_MAPPING[kind]):
+            config = _part_for(cls, config)
             config.architectures = [cls]
             row.stage = "build"
             try:
@@ -146,6 +147,17 @@ def examine(kind: str, family: str, cls: str, progress: Any) -> None:
         row.note = traceback.format_exc(limit=-4)[-1500:]
     row.seconds = time.time() - start
     progress(row)
+
+
+def _part_for(cls: str, config: Any) -> Any:
+    """The configuration itself, or the part of it that the class is made of, as the auto classes choose."""
+    import transformers
+
+    wanted = getattr(getattr(transformers, cls, None), "config_class", None)
+    if wanted is None or isinstance(config, wanted):
+        return config
+    part = config.get_text_config(decoder=True)
+    return part if isinstance(part, wanted) else config
 
 
 def _short(error: Exception) -> str:
@@ -287,11 +299,10 @@ def _probe(
         if generator.size == 1 and larger in (Kind.ORTHOGONAL, Kind.ORTHOGONAL_ONES):
             continue
         tried[generator.kind] += 1
-        changed = prober.probe(generator, larger).error
+        changed = _changed(prober, generator, larger)
         if not changed > FIRES and generator.kind is Kind.POSITIVE and generator.size > 1:
             # signs may be free as well, in a generator of their own: try mixing entries
-            powers = any(abs(a.exponent) != 1 for a in generator.actions)
-            changed = 0.0 if powers else prober.probe(generator, Kind.GENERAL_LINEAR).error
+            changed = _changed(prober, generator, Kind.GENERAL_LINEAR)
         if not changed > FIRES and generator.kind is Kind.POSITIVE and len(generator.actions) > 1:
             # signs are free as well, in generators of their own: leave one action out instead
             part = replace(generator, actions=generator.actions[:-1])
@@ -312,6 +323,16 @@ def _probe(
     row.controls_fired = sorted({*row.controls_fired, *(label + k for k in fired)})
     row.controls_silent = sorted({*row.controls_silent, *(label + k for k in silent - fired)})
     return worst, count
+
+
+def _changed(prober: Any, generator: Any, larger: Any) -> float:
+    """Error of an element of the larger kind; zero where it has no power such as the generator needs."""
+    from regauge.errors import RegaugeError
+
+    try:
+        return prober.probe(generator, larger).error
+    except RegaugeError:
+        return 0.0
 
 
 def _by_kind(generators: Iterable[Any]) -> list[Any]:
