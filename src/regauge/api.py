@@ -29,6 +29,7 @@ from regauge.planner import make_plan
 from regauge.recipe import Recipe, parse_recipe
 from regauge.trace import Trace, trace, untie
 from regauge.write import StagedOutput
+from regauge.written import Written, check_written
 
 if TYPE_CHECKING:
     from regauge.hf import HFModel
@@ -222,22 +223,28 @@ def rewrite(
         if dtype is not None:
             old = "torch_dtype" in read_config(path)
             config |= dict.fromkeys(("dtype", "torch_dtype")[: 1 + old], str(dtype).removeprefix("torch."))
-        key = _digest(files.stamp(), plan.recipe, seed, str(dtype), max_memory)
+        key = _digest(
+            files.stamp(), plan.recipe, _files_named(recipe), seed, str(dtype), max_memory, software()
+        )
         copies = tensor_copies(files, plan, names)
         with StagedOutput(target, files, key=key, copies=copies, dtype=dtype, config=config) as staged:
             try:
                 total = staged.size_bytes
-                written = 0
+                so_far = 0
 
                 def wrote(n: int) -> None:
-                    nonlocal written
-                    written += n
-                    tell("writing", written, total)
+                    nonlocal so_far
+                    so_far += n
+                    tell("writing", so_far, total)
 
                 report = apply_rewrite(
                     files, plan, staged, names=names, max_memory=max_memory, dtype=dtype, progress=wrote
                 )
                 clock.lap("write")
+                tell("checking what was written", 0, 1)
+                with Checkpoint.open(staged.directory) as result:
+                    written = check_written(result, RewrittenView(files, plan, names), plan, names)
+                clock.lap("check")
                 tell("certifying", 0, 1)
                 certificate = certify(
                     path,
@@ -253,9 +260,9 @@ def rewrite(
                         f"the certificate failed: {certificate.reason}",
                         expected="equivalent",
                         found=str(certificate.verdict),
-                        way_out="this is a fault in regauge unless the output overflows: please report the recipe",
+                        way_out="unless the output overflows this is a fault in regauge: report the recipe",
                     )
-                manifest = _manifest(plan, seed, files, staged, certificate, clock.seconds)
+                manifest = _manifest(plan, seed, files, staged, written, certificate, clock.seconds)
                 staged.commit(manifest)
             except RegaugeError:
                 staged.discard()
@@ -322,7 +329,7 @@ def rewrite_module(
     state = {name: value.detach() for name, value in model.state_dict(keep_vars=True).items()}
 
     def read(plan: Rewrite, name: str) -> torch.Tensor:
-        value = state[name if name not in plan.copies else plan.copies[name]]
+        value = state[plan.copies.get(name, name)]
         for step in plan.steps.get(name, ()):
             value = step.apply(value.to(torch.float64))
         return value
@@ -362,6 +369,12 @@ class _Clock:
         self._last = now
 
 
+def _files_named(recipe: Recipe) -> list[str]:
+    """Contents of the files that options name, so that a changed file is not taken for the same run."""
+    paths = [Path(str(value)) for move in recipe.moves for value in move.options.values() if value]
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()]
+
+
 def _digest(*parts: Any) -> str:
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -372,6 +385,7 @@ def _manifest(
     seed: int,
     files: Checkpoint,
     staged: StagedOutput,
+    written: Written,
     certificate: Certificate,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
@@ -382,6 +396,7 @@ def _manifest(
         "source": {"digest": certificate.a.digest, "bytes": files.size_bytes},
         "output": {"digest": staged.digest()},
         "algebra": [dict(item) for item in plan.used],
+        "written": {"tensors": written.tensors, "worst_ulps": written.worst},
         "certificate": json.loads(certificate.to_json()),
         "software": software(),
         "seconds": dict(seconds),

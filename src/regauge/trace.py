@@ -101,6 +101,12 @@ def _real_index(x: torch.Tensor, index: Any) -> Any:
     return index
 
 
+class _Names:
+    """Names of the outputs, set while the model runs; the exporter leaves this object alone."""
+
+    found: tuple[str, ...] = ()
+
+
 class _Select(nn.Module):
     """Runs a model and returns only the tensors that define its function.
 
@@ -112,7 +118,7 @@ class _Select(nn.Module):
         super().__init__()
         self.model_to_trace = model
         self.outputs = tuple(outputs) if outputs is not None else None
-        self.names: list[str] = []
+        self.names = _Names()
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         found = dict(_tensors(self.model_to_trace(*args, **kwargs)))
@@ -129,7 +135,7 @@ class _Select(nn.Module):
             found = {"logits": found["logits"]}
         if not found:
             raise TraceError("the model returns no tensor", expected="at least one", found="none")
-        self.names[:] = found
+        self.names.found = tuple(found)
         return tuple(found.values())
 
 
@@ -187,7 +193,7 @@ def trace(
     finally:
         for module, flag in training.items():
             module.training = flag
-    return _read(program, model, tuple(wrapper.names), kwargs)
+    return _read(program, model, wrapper.names.found, kwargs)
 
 
 def role(trace: Trace, node: fx.Node, name: str) -> str:

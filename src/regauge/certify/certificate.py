@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -46,6 +46,8 @@ class Inputs:
         batches: number of runs; each has the shapes of ``shapes``.
         shapes: input name -> shape.
         positions: tokens, or items, compared in all.
+        rows: for tables that the inputs index: parameter -> rows looked up and rows in all. What the
+            certificate says of other rows rests on every row being treated alike.
     """
 
     source: str
@@ -54,6 +56,7 @@ class Inputs:
     batches: int
     shapes: dict[str, tuple[int, ...]]
     positions: int
+    rows: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,7 @@ def render(certificate: Certificate) -> RenderableType:
     size = f"{given.positions} positions in {given.batches} × ({shapes})"
     lines = [
         f"inputs: {given.source}, seed {given.seed}, {size}",
+        *(f"rows looked up: {read:,} of {total:,} of {name}" for name, (read, total) in given.rows.items()),
         *(
             f"{label}: {subject.name} ({subject.architecture}, {subject.parameters:,} parameters,"
             f" sha256 {subject.digest[:16]})"

@@ -127,6 +127,7 @@ def certify(
                 len(batches),
                 shapes,
                 evidence.positions,
+                looked_up(first.trace, batches),
             ),
             evidence=evidence,
             exact_threshold=EXACT,
@@ -198,6 +199,25 @@ def certify_modules(
         floor_seed=seed,
         software=software(),
     )
+
+
+def looked_up(traced: Trace, batches: Iterable[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
+    """Tables indexed by an input: parameter -> (different rows the inputs look up, rows in all)."""
+    found: dict[str, tuple[int, int]] = {}
+    batches = list(batches)
+    for node in traced.graph.nodes:
+        if node.op != "call_function" or node.target is not torch.ops.aten.embedding.default:
+            continue
+        table, index = node.args[0], node.args[1]
+        while isinstance(index, fx.Node) and index.op == "call_function" and len(index.all_input_nodes) == 1:
+            index = index.all_input_nodes[0]
+        if not isinstance(index, fx.Node) or not isinstance(table, fx.Node):
+            continue
+        name = traced.parameters.get(table.name)
+        if name is not None and index.name in traced.inputs and all(index.name in batch for batch in batches):
+            ids = torch.cat([torch.as_tensor(batch[index.name]).reshape(-1) for batch in batches])
+            found[name] = (int(ids.unique().numel()), traced.shapes[name][0])
+    return found
 
 
 # -- the two sides -------------------------------------------------------------------------------------

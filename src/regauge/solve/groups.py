@@ -146,9 +146,8 @@ class Groups:
                 if occurrence in shared:
                     self._join(block, occurrence, partner, occurrence, 0, True)
                 else:
-                    self._stop(
-                        block, [occurrence], ALL, "is a part of the parameter that the trace does not read"
-                    )
+                    self._stop(block, [occurrence], ALL, "is a part that the trace does not read")
+        self.read.difference_update(block for block, _, _ in unread)
         return self
 
     # --- helpers ---------------------------------------------------------------------------------
