@@ -84,7 +84,7 @@ def _diagonal(solver: Solver, kind: Kind, vector: Vector, spaces: SpaceTable) ->
     first: Key | None = None
     for (block, subset), coefficient in entries:
         occurrence = next((o for o in subset if o[1] == acting), None)
-        actions.append(solver.action(block, occurrence, -coefficient if flip else coefficient))
+        actions.append(solver.action(block, occurrence, -coefficient if flip else coefficient, subset))
         if first is None and occurrence is not None:
             first = solver.groups.permutations.keys.get((block, occurrence))
     return Generator(

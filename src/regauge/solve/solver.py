@@ -137,12 +137,16 @@ class Solver:
         """Parameter values that enter some fact and are not folded away."""
         return used_values(self.walk.result) - self.folded
 
-    def parts(self, block: Block) -> tuple[Part, ...]:
+    def parts(self, block: Block, held: Set[Occurrence] = frozenset()) -> tuple[Part, ...]:
+        """The parts of a block. A factor that an element depends on at one of its occurrences (``held``)
+        has another name where it occurs again."""
+        elsewhere = {atom for _, atom in held}
         parts: list[Part] = []
         for axis, piece in enumerate(block.pieces):
             factors: list[Factor] = []
             for atom, stride in piece.factors:
-                if (axis, atom.id) in block.occurrences:
+                again = atom.id in elsewhere and (axis, atom.id) not in held
+                if (axis, atom.id) in block.occurrences and not again:
                     name = self.name(atom.id)
                 else:
                     key = (axis, atom.id)
@@ -151,8 +155,15 @@ class Solver:
             parts.append(Part(piece.offset, tuple(factors)))
         return tuple(parts)
 
-    def action(self, block: Block, occurrence: Occurrence | None, exponent: Fraction) -> Action:
-        parts = self.parts(block)
+    def action(
+        self,
+        block: Block,
+        occurrence: Occurrence | None,
+        exponent: Fraction,
+        held: Set[Occurrence] = frozenset(),
+    ) -> Action:
+        """How an element acts on a block along ``occurrence``; ``held``: all occurrences it depends on."""
+        parts = self.parts(block, held)
         value = block.value
         assert value.parameter is not None
         if occurrence is None:
