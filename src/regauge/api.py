@@ -198,7 +198,7 @@ def rewrite(
             gauge,
             recipe,
             seed,
-            lambda so_far: RewrittenView(files, so_far, names).read,
+            lambda planned: RewrittenView(files, planned, names).read,
             lambda: untied_config(read_config(path)),
             lambda name: tell(f"planning {name}", next(count), len(recipe.moves)),
         )

@@ -60,7 +60,9 @@ def random_state(trace: Trace, seed: int) -> dict[str, torch.Tensor]:
 class Prober:
     """Runs one traced model on fixed inputs with changing weights, in true float64."""
 
-    def __init__(self, trace: Trace, buffers: Mapping[str, torch.Tensor], inputs: Mapping[str, Any], seed: int) -> None:
+    def __init__(
+        self, trace: Trace, buffers: Mapping[str, torch.Tensor], inputs: Mapping[str, Any], seed: int
+    ) -> None:
         self.trace = trace
         self.buffers = buffers
         self.inputs = inputs

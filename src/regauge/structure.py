@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import TypeAlias
 
@@ -189,7 +190,7 @@ class Structure:
         if not points:
             return [atoms]
         if not atoms or atoms[0].data:
-            return [self.axis(b - a, True) for a, b in zip(edges, edges[1:], strict=False)]
+            return [self.axis(b - a, True) for a, b in pairwise(edges)]
         inner = total(atoms[1:])
         if any(point % inner for point in points):
             raise Conflict("a slice cuts through an inner block")
@@ -202,7 +203,7 @@ class Structure:
             return self.cut(atom.factors, points)
         edges = [0, *points, atom.size]
         if atom.segments is None:
-            atom.segments = [self.axis(b - a) for a, b in zip(edges, edges[1:], strict=False)]
+            atom.segments = [self.axis(b - a) for a, b in pairwise(edges)]
             return [list(segment) for segment in atom.segments]
         refined: list[tuple[int, Axis]] = []
         start = 0
@@ -217,7 +218,7 @@ class Structure:
         if self.find(atom).segments is not None:
             atom.segments = [piece for _, piece in refined]
         out: list[Axis] = []
-        for low, high in zip(edges, edges[1:], strict=False):
+        for low, high in pairwise(edges):
             inside_pieces = [piece for position, piece in refined if low <= position < high]
             out.append(inside_pieces[0] if len(inside_pieces) == 1 else [self.sum(inside_pieces)])
         return out
