@@ -294,6 +294,9 @@ def _probe(
         )
         if larger is None or str(generator.kind) in fired or tried[generator.kind] > 4:
             continue
+        mixed = {g.acting for g in atlas.generators if g.kind in _MIXING}
+        if generator.kind in DIAGONAL and generator.acting in mixed:
+            continue  # a larger kind acts here too, with another dependence
         if larger not in DIAGONAL and any(abs(a.exponent) != 1 for a in generator.actions):
             continue
         if generator.size == 1 and larger in (Kind.ORTHOGONAL, Kind.ORTHOGONAL_ONES):
@@ -323,6 +326,9 @@ def _probe(
     row.controls_fired = sorted({*row.controls_fired, *(label + k for k in fired)})
     row.controls_silent = sorted({*row.controls_silent, *(label + k for k in silent - fired)})
     return worst, count
+
+
+_MIXING = ("complex", "orthogonal-fixing-ones", "orthogonal", "general-linear")
 
 
 def _changed(prober: Any, generator: Any, larger: Any) -> float:

@@ -466,7 +466,7 @@ def test_the_next_larger_kind_changes_the_output(name: str) -> None:
         if larger is None or generator.size < 3 or name in SIGNED.get(generator.kind, ()):
             continue
         if generator.kind in DIAGONAL and any(
-            other.kind in GROUPS - {Kind.PERMUTATION} and other.factor == generator.factor
+            other.kind in GROUPS - {Kind.PERMUTATION} and other.acting == generator.acting
             for other in atlas_of(name).generators
         ):
             continue  # contained in a larger group, with another dependence
