@@ -634,3 +634,17 @@ def test_the_walk_does_not_depend_on_anything_but_the_graph() -> None:
     assert [repr(type(f)) + f.node for f in first.result.facts] == [
         repr(type(f)) + f.node for f in second.result.facts
     ]
+
+
+def test_a_change_that_leaves_the_domain_of_a_root_is_not_called_invisible() -> None:
+    """One key: the softmax over it is one whatever the scores are, but not where they are no numbers."""
+
+    def body(p: Any, x: torch.Tensor) -> torch.Tensor:
+        h = F.batch_norm(F.linear(x, p["a"]), p["m"], p["v"])
+        return (h.softmax(0) * x.sum()).sum(-1)
+
+    x = torch.ones(1, 5)
+    t = trace(Net({"a": (N, 5), "m": (N,), "v": (N,)}, body), (), {"x": x})
+    nulls = {a.parameter for g in discover(t).generators if g.kind is Kind.NULL for a in g.actions}
+    assert "p.v" not in nulls
+    assert nulls

@@ -57,6 +57,19 @@ PLAIN_SUMS = ("aten.sum", "aten.mean", "aten.var_mean", "aten.std_mean", "aten.a
 """Reductions whose weights do not vary along the axes they keep."""
 
 
+PARTIAL = ("aten.log", "aten.log2", "aten.log10", "aten.log1p", "aten.logit", "aten.acos", "aten.arccos",
+           "aten.asin", "aten.arcsin", "aten.acosh", "aten.atanh", "aten.erfinv", "aten.xlogy", "aten.pow",
+           "aten.lgamma", "aten.digamma")  # fmt: skip
+"""Functions without a value on a whole range of numbers: a change into it is not invisible."""
+
+
+def _defined_everywhere(fact: Pointwise, k: int) -> bool:
+    """Does the function keep a value under (almost) any change of its argument ``k``?"""
+    if fact.law is Law.POWER:
+        return fact.exponents[k] == int(fact.exponents[k])
+    return fact.op not in PARTIAL
+
+
 def meet(first: Family, second: Family) -> Family:
     """What two readers both do not see."""
     if first is second or first == ALL:
@@ -251,7 +264,7 @@ class Blind:
             return self._each(family, value, scaled)
         if k == 0 and fact.op in MASKING and self._masks_softmax(fact):
             return self._each(family, value, plain)
-        return family & ALL
+        return family & ALL if _defined_everywhere(fact, k) else NOTHING
 
     def _masks_softmax(self, fact: Pointwise) -> bool:
         """Entries are replaced by a number so low that the softmax, which alone reads them, gives zero
