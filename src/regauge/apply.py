@@ -142,7 +142,7 @@ class RewrittenView:
 
     def __init__(self, source: Checkpoint, rewrite: Rewrite, names: Names) -> None:
         self.source = source
-        self._chains: dict[str, Chain] = {}
+        self._latest: tuple[Job, Chain] | None = None
         jobs = plan_jobs(source, rewrite, names)
         self._jobs: dict[str, Job] = {}
         stored: set[str] = set()
@@ -205,9 +205,10 @@ class RewrittenView:
         return self._jobs.get(name) or Job(name, self.source.entry(name).name, ())
 
     def _chain(self, job: Job) -> Chain:
-        if job.parameter not in self._chains:
-            self._chains[job.parameter] = Chain.of(job.parameter, job.steps, self.source.shape(job.origin))
-        return self._chains[job.parameter]
+        if self._latest is None or self._latest[0] is not job:
+            # Only the latest is kept: small things that stay among large ones that go break up the heap.
+            self._latest = (job, Chain.of(job.parameter, job.steps, self.source.shape(job.origin)))
+        return self._latest[1]
 
     def _cut(self, job: Job, cut: tuple[int, int, int] | None) -> torch.Tensor:
         chain = self._chain(job)
