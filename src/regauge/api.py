@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -198,7 +199,7 @@ def rewrite(
             gauge,
             recipe,
             seed,
-            lambda planned: RewrittenView(files, planned, names).read,
+            partial(_reader, files, names),
             lambda: untied_config(read_config(path)),
             lambda name: tell(f"planning {name}", next(count), len(recipe.moves)),
         )
@@ -292,6 +293,11 @@ def _check_shapes(files: Checkpoint, names: Mapping[str, str], traced: Trace) ->
                 found=str(tuple(files.shape(names[name]))),
                 way_out="use the config.json that belongs to these weights",
             )
+
+
+def _reader(files: Checkpoint, names: Mapping[str, str], plan: Rewrite) -> Callable[[str], torch.Tensor]:
+    """Current values by parameter name, as the plan so far leaves them."""
+    return RewrittenView(files, plan, names).read
 
 
 def _refuse_patches(plan: Rewrite, error: float | None = None) -> None:
