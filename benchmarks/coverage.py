@@ -265,7 +265,7 @@ def _probe(
     state = random_state(traced, 1)
     for name, value in folds.items():
         state[name] = torch.full_like(state[name], value)
-    prober = Prober(traced, buffers, inputs, 1)
+    prober = _seeded(Prober)(traced, buffers, inputs, 1)
     prober.state = state
     prober.base = prober._run(state)
     if not all(bool(torch.isfinite(t).any()) for t in prober.base):
@@ -329,6 +329,19 @@ def _probe(
 
 
 _MIXING = ("complex", "orthogonal-fixing-ones", "orthogonal", "general-linear")
+
+
+def _seeded(prober: type[Any]) -> type[Any]:
+    """The prober with the same random numbers in every run, for models that draw some."""
+    import torch
+
+    class Seeded(prober):
+        def _run(self, state: Any) -> Any:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                return super()._run(state)
+
+    return Seeded
 
 
 def _changed(prober: Any, generator: Any, larger: Any) -> float:

@@ -49,6 +49,7 @@ VARIANTS = (
 
 _INTS: tuple[tuple[str, str], ...] = (
     (r"(^|_)vocab_size", "vocab"),
+    (r"num_feat_extract_layers$", "keep"),
     (r"(^|_)(num_key_value_heads|num_kv_heads|n_kv_heads|multi_query_group_num|n_head_kv|num_attention_groups)$", "kv"),
     (r"(num_experts_per_tok|top_k_experts|moe_topk|moe_top_k|moe_k|topk|top_k|num_selected_experts|router_topk)$", "two"),
     (r"(n_group|topk_group|num_expert_group|n_groups_moe)$", "one"),
@@ -85,7 +86,7 @@ _INTS: tuple[tuple[str, str], ...] = (
     (r"(conv_depthwise_kernel_size)$", "three"),
     (r"(codevector_dim|tdnn_dim|adapter_size|conv_channels|classifier_proj_size|xvector_output_dim)$", "sixteen"),
     (r"(type_vocab_size)$", "two"),
-    (r"(num_groups|norm_groups)$", "four"),
+    (r"(num_groups|norm_groups|num_frames)$", "four"),
     (r"(window_size|sliding_window|local_window_size|attention_window_size)$", "four"),
     (r"(chunk_size|attention_chunk_size)$", "keep_small"),
     (r"(num_queries|num_query_tokens|num_latents|num_register_tokens|num_cls_tokens)$", "three_at_most"),
@@ -199,6 +200,8 @@ def _number(name: str, value: int, sizes: Sizes, layers: int) -> int | None:
         return sizes.head
     if role == "query":
         return None if sizes.head is None else sizes.head + sizes.rope
+    if role == "keep":
+        return None
     if role == "none":
         return 0
     if role == "positions":

@@ -197,21 +197,16 @@ class _Builder:
             ),
             3,
         )
+        count = getattr(self.config, "num_frames", None)
+        frames = (count,) if isinstance(count, int) else ()  # a video
         for section in _sections(self.config):
             size = getattr(section, "image_size", None)
             if isinstance(size, int):
-                return self._normal(self.batch, channels, size, size)
+                return self._normal(self.batch, *frames, channels, size, size)
             if isinstance(size, (list, tuple)) and len(size) == 2:
-                return self._normal(self.batch, channels, int(size[0]), int(size[1]))
-        stride = 1
-        for section in _sections(self.config):
-            for value in (getattr(section, "embedding_size", None), getattr(section, "hidden_sizes", None)):
-                if value is not None:
-                    stride = 32
-        if stride == 1:
-            raise self._missing(name, "the config has no image_size")
-        # A convolutional network takes any image; 64 leaves at least two positions after five halvings.
-        return self._normal(self.batch, channels, 64, 64)
+                return self._normal(self.batch, *frames, channels, int(size[0]), int(size[1]))
+        # A network without a size for its images takes any; 64 leaves two positions after five halvings.
+        return self._normal(self.batch, *frames, channels, 64, 64)
 
     def _features(self, name: str) -> torch.Tensor:
         bins = [getattr(section, "num_mel_bins", None) for section in _sections(self.config)]

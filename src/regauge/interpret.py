@@ -97,6 +97,8 @@ def _argument(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], arg: Any) -> A
     if isinstance(arg, fx.Node):
         found = env[arg]
         if isinstance(found, str) and arg.name in walk.trace.parameters:
+            if 0 in walk.trace.shapes[walk.trace.canonical[found]]:
+                return walk.given(walk.trace.shapes[walk.trace.canonical[found]])
             return walk.parameter(role(walk.trace, node, found) if walk.untied else found)
         return found
     if isinstance(arg, (list, tuple)):
