@@ -30,7 +30,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 SOUND = 1e-10
-FIRES = 1e-7
+FIRES = 1e-9
 BUDGET = 20.0
 FAMILIES: tuple[tuple[str, str], ...] = (
     ("seq2seq", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),

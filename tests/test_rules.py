@@ -196,6 +196,11 @@ CASES: dict[str, Case] = {
         ),
         {("a", 0): SIGN},
     ),
+    "weight norm": Case(
+        {"a": (N, 5), "g": (N, 1), "b": (4, N)},
+        lambda p, x: F.linear(F.linear(x, torch._weight_norm(p["a"], p["g"], 0)), p["b"]),
+        {("a", 0): frozenset({Kind.PERMUTATION, Kind.POSITIVE, Kind.SIGN}), ("g", 0): SCALE},
+    ),
     "instance norm": images(lambda h: F.instance_norm(h), SIGN),
     "native group norm": images(lambda h: torch.ops.aten.native_group_norm(h, None, None, 3, N, 45, 2, 1e-5)[0], ONES | SIGN),
     "statistics that are used": between(lambda h: torch.ops.aten.native_layer_norm(h, [N], None, None, 1e-5)[1] * h, NOTHING),

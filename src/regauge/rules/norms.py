@@ -107,3 +107,12 @@ def instance_norm(walk: Walk, node: Any, x: Value, gain: Value | None, shift: Va
     else:
         y = _stored(walk, x, mean, var)
     return _affine(walk, y, _channel(walk, gain, x), _channel(walk, shift, x))
+
+
+@RULES.op("aten._weight_norm", "aten._weight_norm_interface")
+def weight_norm(walk: Walk, node: Any, v: Value, g: Value, dim: int = 0) -> Any:
+    """w = g v / ‖v‖, a length for every index of one axis."""
+    over = [d for d in range(v.rank) if d != dim % v.rank]
+    length = walk.unary(walk.reduce(walk.square(v), over, True, Law.SUM), Law.POWER, -0.5)
+    w = walk.product(walk.product(v, length), g)
+    return first(walk, node, v, w) if isinstance(node.meta["val"], (list, tuple)) else w
