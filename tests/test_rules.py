@@ -207,6 +207,7 @@ CASES: dict[str, Case] = {
     # shapes
     "reshape and back": between(lambda h: h.view(3, 2, 3).flatten(1), LINEAR),
     "transpose": between(lambda h: h.t().contiguous().permute(1, 0).unsqueeze(0).squeeze(0), LINEAR),
+    "all axes reversed": between(lambda h: torch.ops.aten.numpy_T(h.view(3, 2, 3)).permute(2, 1, 0).flatten(1), LINEAR),
     "movedim": between(lambda h: h.movedim(0, 1).swapaxes(0, 1), LINEAR),
     "halves": between(lambda h: torch.cat([h[:, :2].relu(), h[:, 2:]], -1), POSITIVE | LINEAR),
     "split": between(lambda h: torch.cat(h.split([2, 4], -1), -1), LINEAR),

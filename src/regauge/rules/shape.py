@@ -50,6 +50,12 @@ def t(walk: Walk, node: Any, x: Value) -> Value:
     return walk.permute(x, order)
 
 
+@RULES.op("aten.numpy_T", even_given=True)
+def reversed_axes(walk: Walk, node: Any, x: Value) -> Value:
+    """All axes in reversed order."""
+    return walk.permute(x, list(reversed(range(x.rank))))
+
+
 @RULES.op("aten.movedim", "aten.moveaxis", even_given=True)
 def movedim(walk: Walk, node: Any, x: Value, source: Any, target: Any) -> Value:
     """Axes moved to new places."""
