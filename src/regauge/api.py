@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -255,6 +255,7 @@ def rewrite(
                     max_memory=max_memory,
                     weights_b_exact=_Exact(RewrittenView(files, plan, names)),
                 )
+                certificate = replace(certificate, b=replace(certificate.b, name=target.name))
                 clock.lap("certify")
                 if not certificate.passed:
                     raise NotEquivalent(

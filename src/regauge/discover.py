@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import replace
+from functools import partial
 
 from regauge.atlas import Atlas, Space
 from regauge.interpret import Walk, interpret, op_name
@@ -44,7 +45,7 @@ def _with_folded(atlas: Atlas, folded: Atlas, trace: Trace) -> tuple[Space, ...]
         if not shared:
             out.append(space)
             continue
-        best = folded.spaces[max(shared, key=lambda n: (shared[n], -n))]
+        best = max((folded.spaces[n] for n in sorted(shared)), key=partial(_likeness, space, shared))
         out.append(
             replace(
                 space,
@@ -55,6 +56,13 @@ def _with_folded(atlas: Atlas, folded: Atlas, trace: Trace) -> tuple[Space, ...]
             )
         )
     return tuple(out)
+
+
+def _likeness(space: Space, shared: Mapping[int, int], other: Space) -> tuple[int, bool, bool]:
+    """Parameter axes in common, then the same copies, then the same number of axes."""
+    number = int(other.id.removeprefix("s"))
+    sizes = [size for _, size in space.copies] == [size for _, size in other.copies]
+    return shared[number], sizes, len(space.parameters) == len(other.parameters)
 
 
 class Gauge:

@@ -11,7 +11,7 @@ import torch
 from regauge.discover import Gauge
 from regauge.moves import MOVES, Scene, State
 from regauge.plan import Rewrite
-from regauge.recipe import Recipe
+from regauge.recipe import Recipe, check_move
 
 Reader = Callable[[str], torch.Tensor]
 
@@ -44,6 +44,7 @@ def make_plan(
     for place, spec in enumerate(recipe.moves):
         if progress is not None:
             progress(spec.name)
+        spec = check_move(spec)
         move = MOVES[spec.name]
         options = {name: option.default for name, option in move.options.items()} | dict(spec.options)
         random = torch.Generator().manual_seed(_mix(seed, place))

@@ -13,7 +13,7 @@ from regauge.elements import Matrix, random_element
 from regauge.errors import Refused
 from regauge.moves.base import Builder, Change, Move, Option, Preserves, Scene, refuse_kinds
 
-ROTATIONS = (Kind.ORTHOGONAL, Kind.ORTHOGONAL_ONES)
+ROTATIONS = (Kind.ORTHOGONAL_ONES, Kind.ORTHOGONAL)
 
 
 def plan_rotate(scene: Scene, options: Mapping[str, Any]) -> Change:
