@@ -13,7 +13,6 @@ import torch
 from torch import fx
 
 from regauge.abstract import Selection, op_name
-from regauge.atlas import Refusal
 from regauge.errors import RegaugeError, TraceError
 from regauge.facts import Stop, Value
 from regauge.structure import Conflict
@@ -173,7 +172,6 @@ def _brief(error: Exception) -> str:
 
 
 def _refuse(walk: Walk, node: fx.Node, tensors: list[Value], reason: str) -> Any:
-    walk.refusals.append(Refusal(node.name, walk.module, reason))
     example = node.meta.get("val")
     return _pack(example, iter(walk.opaque(tensors, _shapes(example), reason)))
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from regauge.abstract import Abstract
+from regauge.atlas import Refusal
 from regauge.errors import RegaugeError
 from regauge.facts import Center, Contract, Law, Normalise, Reduce, Stop, Value
 from regauge.structure import Axis, total
@@ -180,6 +181,8 @@ class Walk(Abstract):
     def opaque(self, ins: Sequence[Value], shapes: Sequence[Sequence[int]], reason: str) -> list[Value]:
         """An operation nobody explained: stop everything that goes in; outputs are fresh data."""
         live = [value for value in ins if not value.given]
+        told = reason if reason.startswith(self.op) else f"{self.op}: {reason}"
+        self.refusals.append(Refusal(self.name, self.module, told))
         for value in live:
             self.use(value)
             self.stop(value, reason)
