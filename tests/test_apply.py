@@ -370,6 +370,8 @@ def test_control_c(tmp_path: Path) -> None:
         run(source, Rewrite(steps=steps), path / "out", max_memory=1 << 18, progress=progress)
         """
     )
+    # A background job inherits an ignored SIGINT; a person at a terminal does not.
+    script = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n" + script
     command = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

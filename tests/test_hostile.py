@@ -242,6 +242,8 @@ def test_control_c_and_on(source: Path) -> None:
         main()
         """
     )
+    # A background job inherits an ignored SIGINT; a person at a terminal does not.
+    script = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n" + script
     command = [sys.executable, "-c", script, str(source), str(out)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
