@@ -53,7 +53,7 @@ def discover_case(case: str) -> dict[str, Any]:
         )
     ready = time.perf_counter()
     held = load_meta(source)
-    loaded = time.perf_counter()
+    loaded, processor = time.perf_counter(), time.process_time()
     traced = trace(held.model, (), held.inputs)
     exported = time.perf_counter()
     atlas = discover(traced)
@@ -64,6 +64,7 @@ def discover_case(case: str) -> dict[str, Any]:
         "trace_s": round(exported - loaded, 2),
         "atlas_s": round(done - exported, 2),
         "seconds": round(done - loaded, 2),
+        "cpu_s": round(time.process_time() - processor, 2),
         "memory_mb": round(memory()),
         "import_mb": round(base),
         "nodes": len(traced.graph.nodes),
@@ -97,7 +98,10 @@ def main() -> None:
         rows.append(
             [
                 case,
-                *(f"{figures[key]:.1f}" for key in ("import_s", "model_s", "trace_s", "atlas_s", "seconds")),
+                *(
+                    f"{figures[key]:.1f}"
+                    for key in ("import_s", "model_s", "trace_s", "atlas_s", "cpu_s", "seconds")
+                ),
                 ratio(figures["seconds"], bars["seconds"]) if "seconds" in bars else "",
                 f"{figures['memory_mb']}",
                 ratio(figures["memory_mb"], bars["memory_mb"]) if "memory_mb" in bars else "",
@@ -112,6 +116,7 @@ def main() -> None:
         "model s",
         "trace s",
         "atlas s",
+        "cpu s",
         "trace + atlas s",
         "/ bar",
         "peak MB",

@@ -21,6 +21,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,7 @@ def rewrite_case(case: str, work: Path) -> dict[str, Any]:
     copies = [copy_seconds(source, work / "copy") for _ in range(COPIES)]
     peaks: dict[str, float] = {}
     begun: dict[str, float] = {}
+    processor: dict[str, float] = {}
     synced = 0.0
 
     def progress(what: str, done: int, total: int) -> None:
@@ -144,13 +146,15 @@ def rewrite_case(case: str, work: Path) -> dict[str, Any]:
                 begin = time.perf_counter()
                 sync(weight_files(staged))
                 synced = time.perf_counter() - begin
-            begun[what] = time.perf_counter()
+            begun[what], processor[what] = time.perf_counter(), time.process_time()
         peaks[what] = max(peaks.get(what, 0.0), memory())
 
     begin = time.perf_counter()
     recipe = {"moves": MOVES[case]}
     result = regauge.api.rewrite(source, out, recipe, seed=1, max_memory=MEMORY.get(case), progress=progress)
     total = time.perf_counter() - begin
+    processor["end"] = time.process_time()
+    starts = list(processor.items())
     peak = memory()
     copies += [copy_seconds(source, work / "copy") for _ in range(COPIES)]
     write, copy = result.seconds["write"] + synced, statistics.median(copies)
@@ -163,6 +167,7 @@ def rewrite_case(case: str, work: Path) -> dict[str, Any]:
         "write_over_copy": round(write / copy, 2),
         "certify_s": result.seconds["certify"],
         "stages_s": dict(result.seconds),
+        "cpu_s": {name: round(end - at, 2) for (name, at), (_, end) in pairwise(starts)},
         "sync_after_writing_s": round(synced, 3),
         "total_s": round(total, 2),
         "import_mb": round(base),
