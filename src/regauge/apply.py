@@ -21,7 +21,8 @@ from regauge.plan import Rewrite
 from regauge.shards import DTYPES
 from regauge.write import StagedOutput
 
-_BLOCK_BYTES = 16 << 20
+_BLOCK_BYTES = 2 << 20
+"""Small enough to stay in the cache while it is read, changed, hashed and written."""
 _GATHER_BYTES = 16 << 20
 
 
@@ -77,7 +78,7 @@ def apply_rewrite(
         out: made for the same source, with ``copies=tensor_copies(...)`` and the same ``dtype``.
         names: which tensors store which parameter; others are copied.
         max_memory: bytes that blocks may take altogether, roughly; a block gets a sixteenth of
-            it, at most 16 MiB. A tensor whose steps leave no axis to cut along is worked on whole.
+            it, at most 2 MiB. A tensor whose steps leave no axis to cut along is worked on whole.
         dtype: must be ``out.dtype`` if given.
         progress: called with the number of bytes of the result finished since the last call; they add
             up to ``out.size_bytes``, resumed tensors included.

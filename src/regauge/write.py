@@ -14,9 +14,11 @@ import json
 import math
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,17 @@ from regauge.shards import DTYPES, Entry
 
 MANIFEST = "regauge.json"
 _CHUNK = 1 << 20
+_AHEAD = 8
+"""Blocks that may be on their way to the disk while the next is computed."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass
+class _Block:
+    """A block on its way to the disk; the last of a tensor carries its name and, if known, its hash."""
+
+    parts: list[Future[None]]
+    ends: tuple[str, TensorHash | None] | None = None
 
 
 class StagedOutput:
@@ -90,8 +102,8 @@ class StagedOutput:
         self.staging = self.out.parent / f".{self.out.name}.regauge-partial"
         self.directory = self.staging / "files"
         self._pool = ThreadPoolExecutor(2)
-        self._under_way: list[Future[None]] = []
-        self._ending: tuple[str, TensorHash | None] | None = None
+        self._hasher = ThreadPoolExecutor(1)  # one thread: the blocks of a tensor are hashed in order
+        self._under_way: deque[_Block] = deque()
         fresh = False  # until the journal holds the lock, what is staged may be another process's
         try:
             with self._disk():
@@ -150,14 +162,14 @@ class StagedOutput:
     ) -> None:
         """Write a tensor given as blocks in order along ``axis``, each of the tensor's staged dtype.
 
-        The last block may still be on its way to the disk on return, so that the next tensor can be
+        The last blocks may still be on their way to the disk on return, so that the next tensor can be
         computed meanwhile; :meth:`drain` waits, and every other method that needs the bytes calls it.
         """
         entry = self.entries[name]
         shape = entry.shape or (1,)
         outer, itemsize = math.prod(shape[:axis]), DTYPES[entry.kind].itemsize
         inner = itemsize * math.prod(shape[axis + 1 :])
-        digest, position = TensorHash(), 0
+        digest, position, last = TensorHash(), 0, _Block([])
         with self._disk():
             for block in blocks:
                 count = block.shape[axis] if entry.shape else 1
@@ -167,38 +179,40 @@ class StagedOutput:
                         f"{name}: a block {tuple(block.shape)} {block.dtype} does not fit {entry}"
                     )
                 data, run = _bytes(block), count * inner
-                self._settle()
+                while len(self._under_way) >= _AHEAD:
+                    self._settle()
                 rows = [
                     (entry.start + (row * shape[axis] + position) * inner, data[row * run : (row + 1) * run])
                     for row in range(outer if run else 0)
                 ]
-                self._under_way.append(self._pool.submit(self._put_all, self._file(name), rows))
+                parts = [self._pool.submit(self._put_all, self._file(name), rows)]
                 if outer == 1:
-                    self._under_way.append(self._pool.submit(digest.update, data))
+                    parts.append(self._hasher.submit(digest.update, data))
+                self._under_way.append(last := _Block(parts))
                 position += count
                 if progress is not None:
                     progress(len(data))
             if position != shape[axis]:
                 raise ValueError(f"{name}: {position} of {shape[axis]} along axis {axis} written")
-            if not self._under_way:
+            if not last.parts:
                 self._finish(name, digest.hexdigest())
             else:
-                self._ending = (name, digest if outer == 1 else None)
+                last.ends = (name, digest if outer == 1 else None)
 
     def drain(self) -> None:
         """Wait until all that was given to :meth:`write` has been written and entered in the journal."""
         with self._disk():
-            self._settle()
+            while self._under_way:
+                self._settle()
 
     def _settle(self) -> None:
-        """Wait for the block under way; if it was the last of its tensor, enter that in the journal."""
-        under_way, self._under_way = self._under_way, []
-        ending, self._ending = self._ending, None
-        wait(under_way)
-        for part in under_way:
+        """Wait for the oldest block under way; if it ends its tensor, enter that in the journal."""
+        block = self._under_way.popleft()
+        wait(block.parts)
+        for part in block.parts:
             part.result()
-        if ending is not None:
-            name, digest = ending
+        if block.ends is not None:
+            name, digest = block.ends
             self._finish(name, self._hash(name) if digest is None else digest.hexdigest())
 
     @staticmethod
@@ -242,6 +256,7 @@ class StagedOutput:
     def close(self) -> None:
         """Close files and give up the lock; what is staged stays."""
         self._pool.shutdown()
+        self._hasher.shutdown()
         while self._files:
             os.close(self._files.popitem()[1])
         if self._journal is not None:

@@ -16,8 +16,8 @@ import torch
 
 from regauge.errors import BadInput
 
-BLOCK = 1 << 22
-"""Elements of a weight that are cast at once: 32 MiB in float64."""
+BLOCK = 1 << 20
+"""Elements of a weight that are cast at once: 8 MiB in float64."""
 
 
 @runtime_checkable
