@@ -254,7 +254,11 @@ class StagedOutput:
         shutil.rmtree(self.staging, ignore_errors=True)
 
     def close(self) -> None:
-        """Close files and give up the lock; what is staged stays."""
+        """Close files and give up the lock; what is staged stays, and what is whole counts."""
+        with suppress(OSError):
+            while self._under_way and self._files:
+                self._settle()
+        self._under_way.clear()
         self._pool.shutdown()
         self._hasher.shutdown()
         while self._files:
