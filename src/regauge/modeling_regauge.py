@@ -1,0 +1,203 @@
+"""Models of transformers with a few of their modules replaced, as ``config.json`` says under "regauge".
+
+regauge writes a copy of this file beside a checkpoint whose structure it has changed, so that the checkpoint
+can be loaded without regauge: ``AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)``.
+With regauge installed ``regauge.load(DIRECTORY)`` does the same and runs no code from the directory. The file
+needs torch and transformers and nothing else.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional
+
+KEY = "regauge"
+MODEL_TYPE = "regauge"
+"""Model type on the disk: stock transformers must not take the checkpoint for one of its own."""
+
+
+class Norm(nn.Module):
+    """y[…, c] = g[c] · z[…, c] / sqrt(s + eps) + b[c]; g or b may be absent.
+
+    ======== ============= ===================================== ====================================
+    form     z             s                                     x
+    ======== ============= ===================================== ====================================
+    layer    x − mean(x)   mean(z²)                              any
+    rms      x             mean(x²)                              any
+    crms     x             (Σ x² + (Σ x)²) / (n + 1)             n of n + 1 entries that sum to zero
+    chart    x             Σ x² / (n + 1)                        n coordinates of n + 1 such entries
+    ======== ============= ===================================== ====================================
+
+    Source: Jiang et al., Pre-RMSNorm and Pre-CRMSNorm Transformers (arXiv 2305.14858, section 3).
+
+    Args:
+        form: row of the table.
+        size: entries of the last axis of x, and of y.
+        eps: added to s.
+        weight, bias: whether g and b exist.
+        center: whether y has its mean subtracted.
+    """
+
+    def __init__(
+        self,
+        form: str,
+        size: int,
+        eps: float,
+        weight: bool = False,
+        bias: bool = False,
+        center: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if form not in ("layer", "rms", "crms", "chart"):
+            raise ValueError(f"unknown form of norm: {form}")
+        self.form, self.size, self.eps, self.center = form, size, eps, center
+        here = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.ones(size, **here)) if weight else None
+        self.bias = nn.Parameter(torch.zeros(size, **here)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.form == "layer":
+            y = functional.layer_norm(x, (self.size,), self.weight, self.bias, self.eps)
+        elif self.form == "rms":
+            y = functional.rms_norm(x, (self.size,), self.weight, self.eps)
+            y = y if self.bias is None else y + self.bias
+        else:
+            z = x.to(torch.promote_types(x.dtype, torch.float32))
+            total = z.square().sum(-1, keepdim=True)
+            if self.form == "crms":
+                total = total + z.sum(-1, keepdim=True).square()
+            y = (z * torch.rsqrt(total / (self.size + 1) + self.eps)).to(x.dtype)
+            y = y if self.weight is None else y * self.weight
+            y = y if self.bias is None else y + self.bias
+        return y - y.mean(-1, keepdim=True) if self.center else y
+
+    def extra_repr(self) -> str:
+        has = [name for name in ("weight", "bias") if getattr(self, name) is not None]
+        return f"{self.form}, {self.size}, eps={self.eps}" + "".join(f", {name}" for name in has)
+
+
+class Linear(nn.Module):
+    """y[…, o] = Σ_i x[…, i] W[o, i] + b[o]; W is stored [out, in], or [in, out] if ``transposed``."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        bias: bool,
+        transposed: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.transposed = transposed
+        shape = (inputs, outputs) if transposed else (outputs, inputs)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(outputs, device=device, dtype=dtype)) if bias else None
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, bias={self.bias is not None}, transposed={self.transposed}"
+
+
+MODULES: dict[str, Any] = {"norm": Norm, "linear": Linear}
+
+
+def apply_patches(model: nn.Module, patches: Any) -> nn.Module:
+    """Replace modules of ``model`` in place; new ones have the device and dtype of those they replace.
+
+    Args:
+        model: any module.
+        patches: mappings with ``path``, ``module`` (a key of ``MODULES``) and the arguments of the module.
+    """
+    for patch in patches:
+        options = dict(patch)
+        path, kind = options.pop("path"), options.pop("module")
+        if kind not in MODULES:
+            raise ValueError(f"{path}: unknown replacement {kind}; a newer version may know it")
+        old = model.get_submodule(path)
+        like = next(iter((*old.parameters(), *old.buffers(), *model.parameters())), None)
+        where: dict[str, Any] = {} if like is None else {"device": like.device, "dtype": like.dtype}
+        new = MODULES[kind](**options, **where)
+        new.train(old.training)
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new)
+    return model
+
+
+@functools.cache
+def config_class(base: Any) -> Any:
+    """The configuration class ``base``, read from and written to directories under another model type."""
+
+    def get_config_dict(cls: Any, name: Any, **kwargs: Any) -> Any:
+        content, rest = base.get_config_dict.__func__(cls, name, **kwargs)
+        return stock(content), rest
+
+    def to_dict(self: Any) -> Any:
+        content = base.to_dict(self)
+        return {**content, "model_type": MODEL_TYPE} if content.get(KEY) else content
+
+    def to_diff_dict(self: Any) -> Any:
+        content = base.to_diff_dict(self)
+        return {**content, "model_type": MODEL_TYPE} if content.get(KEY) else content
+
+    body = {
+        "get_config_dict": classmethod(get_config_dict),
+        "to_dict": to_dict,
+        "to_diff_dict": to_diff_dict,
+        "_auto_class": "AutoConfig",
+        "__module__": __name__,
+        "__qualname__": base.__name__,
+    }
+    return type(base.__name__, (base,), body)
+
+
+@functools.cache
+def model_class(base: Any) -> Any:
+    """The model class ``base`` with the patches of its configuration in place."""
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        apply_patches(self, getattr(config, KEY)["patches"])
+
+    body = {
+        "__init__": __init__,
+        "config_class": config_class(base.config_class),
+        "_auto_class": next(iter(auto_names(base)), "AutoModel"),
+        "__module__": __name__,
+        "__qualname__": base.__name__,
+    }
+    return type(base.__name__, (base,), body)
+
+
+def stock(content: Any) -> Any:
+    """The content of ``config.json`` under the model type it had before its structure was changed."""
+    if content.get("model_type") != MODEL_TYPE:
+        return content
+    return {**content, "model_type": content[KEY]["model_type"]}
+
+
+def auto_names(base: Any) -> list[str]:
+    """Auto classes of transformers that stand for this model class, among others."""
+    found: list[str] = []
+    for name in sorted(name for name in dir(transformers) if name.startswith("AutoModel")):
+        mapping: Any = getattr(getattr(transformers, name), "_model_mapping", None)
+        values: Any = () if mapping is None else mapping._model_mapping.values()
+        if any(base.__name__ in ((value,) if isinstance(value, str) else value) for value in values):
+            found.append(name)
+    return found
+
+
+def __getattr__(name: str) -> Any:
+    """``auto_map`` names classes of transformers; what is found here is the patched one."""
+    base = None if name.startswith("_") else getattr(transformers, name, None)
+    if not isinstance(base, type):
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return config_class(base) if issubclass(base, transformers.PreTrainedConfig) else model_class(base)
