@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from regauge.api import RewriteResult, inspect, rewrite, rewrite_module
+    from regauge.api import RewriteResult, inspect, load, rewrite, rewrite_module
     from regauge.atlas import Atlas, Generator, Kind, Space
     from regauge.certify import Certificate, Verdict, certify, certify_modules
     from regauge.errors import (
@@ -47,6 +47,7 @@ __all__ = [
     "certify",
     "certify_modules",
     "inspect",
+    "load",
     "load_recipe",
     "parse_move",
     "rewrite",
@@ -54,7 +55,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "regauge.api": ("RewriteResult", "inspect", "rewrite", "rewrite_module"),
+    "regauge.api": ("RewriteResult", "inspect", "load", "rewrite", "rewrite_module"),
     "regauge.atlas": ("Atlas", "Generator", "Kind", "Space"),
     "regauge.certify": ("Certificate", "Verdict", "certify_modules"),
     "regauge.errors": (

@@ -16,7 +16,7 @@ import torch
 from regauge.chain import Chain, Fetch
 from regauge.checkpoint import Checkpoint, all_finite
 from regauge.errors import BadInput, CheckpointError, RegaugeError
-from regauge.jobs import Job, Names, plan_jobs, stored_as, tensor_copies
+from regauge.jobs import Job, Names, plan_jobs, stored_as, tensor_copies, tensor_drops, tensor_made
 from regauge.plan import Rewrite
 from regauge.shards import DTYPES
 from regauge.write import StagedOutput
@@ -92,6 +92,11 @@ def apply_rewrite(
         raise BadInput("the output was staged for another dtype", expected=str(dtype), found=str(out.dtype))
     if out.copies != tensor_copies(source, rewrite, names):
         raise BadInput("the output was staged for other copies", expected="copies=tensor_copies(...)")
+    made = tensor_made(source, rewrite, names)
+    if out.made != made or out.drops != tensor_drops(source, rewrite, names):
+        raise BadInput("the output was staged for another structure", expected="made=tensor_made(...)")
+    view = RewrittenView(source, rewrite, names) if made else None
+    parameters = {tensor: new for tensor, new in zip(made, rewrite.made, strict=True)}
     begin = time.perf_counter()
     jobs = plan_jobs(source, rewrite, names)
     _check_repeated(source, jobs, names)
@@ -101,7 +106,16 @@ def apply_rewrite(
     read = written = peak = 0
     rounding: dict[str, float] = {}
     for entry in out.entries.values():
-        job = jobs.get(entry.name) or Job(entry.name, entry.name, ())
+        if view is not None and entry.name in parameters and not out.finished(entry.name):
+            exact = view.read(parameters[entry.name])
+            result = exact.to(DTYPES[entry.kind])
+            if not all_finite(result):
+                raise _overflow(Job(entry.name, entry.name, ()), exact, result.dtype)
+            out.write(entry.name, [result], 0, progress)
+            count["computed"] += 1
+            written += entry.nbytes
+            continue
+        job = jobs.get(entry.name) or Job(entry.name, made.get(entry.name, (entry.name,))[0], ())
         recast = source.entry(job.origin).kind != entry.kind
         if out.finished(entry.name):
             count["resumed"] += 1
@@ -143,6 +157,9 @@ class RewrittenView:
 
     def __init__(self, source: Checkpoint, rewrite: Rewrite, names: Names) -> None:
         self.source = source
+        self._rewrite = rewrite
+        self._names = names
+        self._made: tuple[str, torch.Tensor] | None = None
         self._latest: tuple[Job, Chain] | None = None
         jobs = plan_jobs(source, rewrite, names)
         self._jobs: dict[str, Job] = {}
@@ -150,7 +167,7 @@ class RewrittenView:
         for parameter in names:
             held = [tensor for tensor in stored_as(parameter, names) if tensor in source]
             stored.update(held)
-            if held:
+            if held and parameter not in rewrite.drops:
                 self._jobs[parameter] = jobs.get(held[0]) or Job(parameter, held[0], ())
         for tensor in source.names:
             if tensor not in stored:
@@ -160,16 +177,20 @@ class RewrittenView:
     @property
     def names(self) -> tuple[str, ...]:
         """Parameters in the order of the mapping given, then other tensors, then new parameters."""
-        return tuple(self._jobs)
+        return tuple(dict.fromkeys((*self._jobs, *self._rewrite.made)))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._jobs
+        return name in self._jobs or name in self._rewrite.made
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self._rewrite.made:
+            return self._rewrite.made[name].shape
         return self.source.shape(self._job(name).origin)
 
     def dtype(self, name: str) -> torch.dtype:
         """float64 if the rewrite changes it, else the stored dtype."""
+        if name in self._rewrite.made:
+            return torch.float64
         job = self._job(name)
         return torch.float64 if job.steps else self.source.dtype(job.origin)
 
@@ -178,10 +199,14 @@ class RewrittenView:
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor, in ``dtype(name)``. Raises ``CheckpointError`` if its source is not finite."""
+        if name in self._rewrite.made:
+            return self._make(name)
         return self._cut(self._job(name), None)
 
     def read_rows(self, name: str, start: int, stop: int, axis: int = 0) -> torch.Tensor:
         """``read(name)`` cut along ``axis``; only that part is computed if it is one of ``cuts(name)``."""
+        if name in self._rewrite.made:
+            return self._make(name).narrow(axis, start, stop - start)
         job = self._job(name)
         if axis % max(1, len(self.shape(name))) not in self.cuts(name):
             return self.read(name).narrow(axis, start, stop - start)
@@ -199,8 +224,30 @@ class RewrittenView:
 
     def cuts(self, name: str) -> tuple[int, ...]:
         """Axes along which a part costs no more than its share."""
+        if name in self._rewrite.made:
+            return ()
         bound = self._chain(self._job(name)).bound
         return tuple(axis for axis in range(len(self.shape(name))) if axis not in bound)
+
+    def _make(self, name: str) -> torch.Tensor:
+        """A made parameter with its steps; the latest is kept."""
+        if self._made is None or self._made[0] != name:
+            made = self._rewrite.made[name]
+            value = made.value(self._original)
+            if tuple(value.shape) != made.shape:
+                raise RegaugeError(
+                    "a parameter was made in another shape than planned",
+                    parameter=name,
+                    expected=str(made.shape),
+                    found=str(tuple(value.shape)),
+                )
+            for step in self._rewrite.steps.get(name, ()):
+                value = step.apply(value)
+            self._made = (name, value)
+        return self._made[1]
+
+    def _original(self, name: str) -> torch.Tensor:
+        return self.source.read(stored_as(name, self._names)[0] if name in self._names else name)
 
     def _job(self, name: str) -> Job:
         return self._jobs.get(name) or Job(name, self.source.entry(name).name, ())

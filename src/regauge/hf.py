@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,11 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
+from regauge import modeling_regauge
 from regauge.errors import BadInput, CheckpointError, Refused, TraceError
 from regauge.inputs import example_inputs
+from regauge.modeling_regauge import KEY, MODEL_TYPE, auto_names, config_class, model_class, stock
+from regauge.patches import merged
 
 LARGE = 1 << 16
 """Elements above which ``torch.empty`` gives a tensor without storage while a model is built."""
@@ -80,10 +83,10 @@ def load_meta(
         BadInput: no config, a damaged one, an unknown model type, or quantised weights.
         TraceError: the class cannot be built, or an example input cannot be made.
     """
-    config = _config(source)
+    config = load_config(source)
     if config.dtype is None:
         config.dtype = dtype
-    cls = _model_class(config)
+    cls = model_class_of(config)
     model, config = _build(cls, config, experts)
     with torch.no_grad():
         stored = _buffers_to_meta(model)
@@ -91,8 +94,13 @@ def load_meta(
     return HFModel(model, inputs, config, cls.__name__, stored)
 
 
-def _config(source: Any) -> Any:
-    from transformers import AutoConfig, PreTrainedConfig
+def load_config(source: Any) -> Any:
+    """The configuration of a directory, of the content of its ``config.json``, or itself, copied.
+
+    Raises:
+        BadInput: missing, damaged, of an unknown type, or of quantised weights.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
     if isinstance(source, PreTrainedConfig):
         return copy.deepcopy(source)
@@ -112,6 +120,9 @@ def _config(source: Any) -> Any:
         raise BadInput("config.json has no model_type", way_out="use a directory saved by transformers")
     try:
         with _quiet():
+            if name == MODEL_TYPE:
+                content = stock(copy.deepcopy(content))
+                return config_class(CONFIG_MAPPING[content["model_type"]])(**content)
             return AutoConfig.for_model(**copy.deepcopy(content))
     except Exception as error:
         raise BadInput(
@@ -137,7 +148,34 @@ def read_config(directory: Path) -> dict[str, Any]:
     return content
 
 
-def _model_class(config: Any) -> type[nn.Module]:
+def model_class_of(config: Any) -> Any:
+    """The model class that a configuration stands for, with its structure patches if it has any.
+
+    Raises:
+        BadInput: transformers has no such class.
+    """
+    stock_class = _stock_class(config)
+    return model_class(stock_class) if getattr(config, KEY, None) else stock_class
+
+
+def patched_config(config: Mapping[str, Any], patches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Changes to the top level of ``config.json`` after which the model has these modules replaced."""
+    before = config.get(KEY) or {"model_type": config["model_type"], "patches": []}
+    held = merged(before["patches"], patches)
+    cls = _stock_class(load_config(dict(config)))
+    names = {"AutoConfig": cls.config_class.__name__}  # type: ignore[attr-defined]
+    names |= dict.fromkeys(auto_names(cls), cls.__name__)
+    return {
+        "architectures": [cls.__name__],
+        "model_type": MODEL_TYPE,
+        "auto_map": {
+            auto: f"{modeling_regauge.__name__.rpartition('.')[2]}.{name}" for auto, name in names.items()
+        },
+        KEY: {"format": 1, "model_type": before["model_type"], "patches": [dict(patch) for patch in held]},
+    }
+
+
+def _stock_class(config: Any) -> type[nn.Module]:
     import transformers
 
     for name in config.architectures or ():
@@ -157,8 +195,9 @@ def _model_class(config: Any) -> type[nn.Module]:
         names = ["AutoModelForCausalLM", *names]
     for name in names:
         mapping = getattr(transformers, name)._model_mapping
-        if type(config) in mapping:
-            cls = mapping[type(config)]
+        kind = next((kind for kind in type(config).__mro__ if kind in mapping), None)
+        if kind is not None:
+            cls = mapping[kind]
             return cls[0] if isinstance(cls, (list, tuple)) else cls
     raise BadInput(
         "no model class is known for this config",

@@ -34,6 +34,21 @@ def tensor_copies(source: Checkpoint, rewrite: Rewrite, names: Names) -> dict[st
     return copies
 
 
+def tensor_made(source: Checkpoint, rewrite: Rewrite, names: Names) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """``rewrite.made`` in tensor names: tensor -> (tensor it is stored beside, shape)."""
+    return {
+        stored_as(new, names)[0] if new in names else new: (_tensors(source, made.like, names)[0], made.shape)
+        for new, made in rewrite.made.items()
+    }
+
+
+def tensor_drops(source: Checkpoint, rewrite: Rewrite, names: Names) -> frozenset[str]:
+    """Tensors that the result no longer stores."""
+    kept = {tensor for name in names if name not in rewrite.drops for tensor in stored_as(name, names)}
+    dropped = {tensor for name in rewrite.drops if name in names for tensor in _tensors(source, name, names)}
+    return frozenset(dropped - kept - set(tensor_made(source, rewrite, names)))
+
+
 def plan_jobs(source: Checkpoint, rewrite: Rewrite, names: Names) -> dict[str, Job]:
     """Tensor of the result -> job, for every tensor that is not simply copied.
 
@@ -48,7 +63,7 @@ def plan_jobs(source: Checkpoint, rewrite: Rewrite, names: Names) -> dict[str, J
         jobs[target] = Job(new, origin, tuple(rewrite.steps.get(new, ())))
     untied = set(jobs)
     for parameter, steps in rewrite.steps.items():
-        if parameter in rewrite.copies or not steps:
+        if parameter in rewrite.copies or parameter in rewrite.made or not steps:
             continue
         for tensor in _tensors(source, parameter, names):
             if tensor in untied:

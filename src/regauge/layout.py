@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,11 @@ class Target:
 
 
 def plan_layout(
-    source: Checkpoint, copies: Mapping[str, str], dtype: torch.dtype | None
+    source: Checkpoint,
+    copies: Mapping[str, str],
+    dtype: torch.dtype | None,
+    made: Mapping[str, tuple[str, tuple[int, ...]]] | None = None,
+    drops: Collection[str] = (),
 ) -> tuple[Target, ...]:
     """One target for each shard of ``source``.
 
@@ -46,6 +50,9 @@ def plan_layout(
         copies: new tensor -> source tensor it is made from; appended to the shard of the latter unless
             the source already stores a tensor of that name.
         dtype: see :class:`regauge.write.StagedOutput`.
+        made: tensor -> (source tensor whose dtype and shard it takes, shape); one that the source stores
+            already keeps its place.
+        drops: source tensors left out.
 
     Raises:
         BadInput: ``dtype`` cannot be stored to.
@@ -58,7 +65,11 @@ def plan_layout(
             expected=", ".join(str(known).removeprefix("torch.") for known in RECASTS),
             found=str(dtype),
         )
+    made = made or {}
     added: dict[str, list[str]] = {}
+    for name, (origin, _) in made.items():
+        if name not in source:
+            added.setdefault(source.entry(origin).file, []).append(name)
     for name, origin in copies.items():
         entry = source.entry(origin)
         if name not in source:
@@ -71,7 +82,10 @@ def plan_layout(
                 found=str(list(source.shape(name))),
                 way_out="use the checkpoint the model was saved to",
             )
-    return tuple(_target(source, shard, added.get(shard.file, ()), copies, dtype) for shard in source.shards)
+    origins = {name: (origin, source.shape(origin)) for name, origin in copies.items()} | dict(made)
+    return tuple(
+        _target(source, shard, added.get(shard.file, ()), origins, dtype, drops) for shard in source.shards
+    )
 
 
 def index_text(source: Checkpoint, entries: Mapping[str, Entry], recast: bool) -> bytes:
@@ -79,16 +93,21 @@ def index_text(source: Checkpoint, entries: Mapping[str, Entry], recast: bool) -
     assert source.index is not None
     old = (source.path / source.index).read_bytes()
     added = {entry.name: entry.file for entry in entries.values() if entry.name not in source}
-    if not added and not recast:
+    gone = [name for name in source.names if name not in entries]
+    same = all(name in entries and entries[name].shape == source.shape(name) for name in source.names)
+    if not added and same and not recast:
         return old
     content: dict[str, Any] = json.loads(old)
     content["weight_map"].update(added)
+    for name in gone:
+        content["weight_map"].pop(name, None)
     metadata = content.get("metadata")
     if isinstance(metadata, dict):
         if "total_size" in metadata:
             metadata["total_size"] = sum(entry.nbytes for entry in entries.values())
         if isinstance(metadata.get("total_parameters"), int):
-            metadata["total_parameters"] += sum(math.prod(entries[name].shape) for name in added)
+            before = sum(math.prod(source.shape(name)) for name in source.names)
+            metadata["total_parameters"] += sum(math.prod(e.shape) for e in entries.values()) - before
     return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
@@ -118,15 +137,18 @@ def _target(
     source: Checkpoint,
     shard: Shard,
     added: Iterable[str],
-    copies: Mapping[str, str],
+    origins: Mapping[str, tuple[str, tuple[int, ...]]],
     dtype: torch.dtype | None,
+    drops: Collection[str],
 ) -> Target:
     wanted: list[tuple[str, str, tuple[int, ...], int]] = []
-    for name in (*(entry.name for entry in shard.entries), *added):
-        origin = source.entry(copies.get(name, name))
+    for name in (*(entry.name for entry in shard.entries if entry.name not in drops), *added):
+        like, shape = origins.get(name) or (name, source.shape(name))
+        origin = source.entry(like)
         kind = _recast(origin, dtype)
-        nbytes = origin.nbytes if kind == origin.kind else math.prod(origin.shape) * DTYPES[kind].itemsize
-        wanted.append((name, kind, origin.shape, nbytes))
+        same = kind == origin.kind and shape == origin.shape
+        nbytes = origin.nbytes if same else math.prod(shape) * DTYPES[kind].itemsize
+        wanted.append((name, kind, tuple(shape), nbytes))
     if wanted == [(entry.name, entry.kind, entry.shape, entry.nbytes) for entry in shard.entries]:
         return Target(shard.file, shard.header, shard.entries, shard.size)
     if not _aligned(wanted):

@@ -10,7 +10,6 @@ import functools
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from torch.nn import functional
 
@@ -171,6 +170,8 @@ def model_class(base: Any) -> Any:
         "__init__": __init__,
         "config_class": config_class(base.config_class),
         "_auto_class": next(iter(auto_names(base)), "AutoModel"),
+        # Tensors stored under older names are renamed as they are for ``base``.
+        "is_custom_code": classmethod(lambda cls: False),
         "__module__": __name__,
         "__qualname__": base.__name__,
     }
@@ -186,6 +187,8 @@ def stock(content: Any) -> Any:
 
 def auto_names(base: Any) -> list[str]:
     """Auto classes of transformers that stand for this model class, among others."""
+    import transformers
+
     found: list[str] = []
     for name in sorted(name for name in dir(transformers) if name.startswith("AutoModel")):
         mapping: Any = getattr(getattr(transformers, name), "_model_mapping", None)
@@ -197,6 +200,8 @@ def auto_names(base: Any) -> list[str]:
 
 def __getattr__(name: str) -> Any:
     """``auto_map`` names classes of transformers; what is found here is the patched one."""
+    import transformers
+
     base = None if name.startswith("_") else getattr(transformers, name, None)
     if not isinstance(base, type):
         raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -5,7 +5,7 @@ A plan is made by moves, applied by :mod:`regauge.apply`, and never mutated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -33,6 +33,28 @@ class Step(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class Made:
+    """A parameter that the source lacks, or holds in another shape.
+
+    Attributes:
+        shape: its shape.
+        like: existing parameter whose dtype it takes, and beside which it is stored.
+        build: from a reader of *original* values, by parameter name, to its first value in float64, before
+            its own steps; None for zeros.
+    """
+
+    shape: tuple[int, ...]
+    like: str
+    build: Callable[[Callable[[str], torch.Tensor]], torch.Tensor] | None = None
+
+    def value(self, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """The first value, float64, of ``shape``."""
+        if self.build is None:
+            return torch.zeros(self.shape, dtype=torch.float64)
+        return self.build(read).to(torch.float64)
+
+
 @dataclass(frozen=True)
 class Rewrite:
     """What to do to a checkpoint.
@@ -41,14 +63,19 @@ class Rewrite:
         steps: parameter name -> steps, in order. Parameters not named are copied as bytes.
         copies: new tensor name -> name of the existing parameter whose *original* value it starts
             from (untying); its own steps are listed under the new name.
+        made: parameters that are computed as a whole; their own steps are listed under their names.
+        drops: parameters that are no longer stored; none of them has steps.
         config: changes to the top level of ``config.json``.
         recipe: the moves that were asked for, as plain data, for the manifest.
         used: generators acted on, as plain data (id, kind, size, algebraic residuals).
-        patches: structural replacements that the source architecture cannot express.
+        patches: modules to replace, since the source architecture cannot express the result; see
+            :mod:`regauge.patches`.
     """
 
     steps: Mapping[str, tuple[Step, ...]] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
+    made: Mapping[str, Made] = field(default_factory=dict)
+    drops: frozenset[str] = frozenset()
     config: Mapping[str, Any] = field(default_factory=dict)
     recipe: tuple[Mapping[str, Any], ...] = ()
     used: tuple[Mapping[str, Any], ...] = ()

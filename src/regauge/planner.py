@@ -10,6 +10,7 @@ import torch
 
 from regauge.discover import Gauge
 from regauge.moves import MOVES, Scene, State
+from regauge.patches import merged
 from regauge.plan import Rewrite
 from regauge.recipe import Recipe, check_move
 
@@ -23,7 +24,8 @@ def make_plan(
     view: Callable[[Rewrite], Reader],
     untie_config: Callable[[], Mapping[str, Any]] | None = None,
     progress: Callable[[str], None] | None = None,
-) -> tuple[Rewrite, State]:
+    retrace: Callable[[Rewrite], Gauge] | None = None,
+) -> tuple[Rewrite, State, Gauge]:
     """Plan every move of a recipe. Nothing is written.
 
     Args:
@@ -33,9 +35,12 @@ def make_plan(
         view: plan so far -> reader of current values by state-dict name.
         untie_config: see :class:`regauge.moves.Scene`.
         progress: called with the name of each move as it starts.
+        retrace: the gauge of the model with the structure of the plan so far; asked for after a move that
+            changes the structure.
 
     Returns:
-        the plan, and the state the model is in after it.
+        the plan, the state the model is in after it, and its gauge: another one than ``gauge`` if the
+        structure changed.
 
     Raises:
         Refused: a move does not exist for this model.
@@ -54,17 +59,22 @@ def make_plan(
         rewrite = Rewrite(
             steps=_merged(rewrite.steps, change.steps),
             copies=_copied(rewrite, change.copies),
+            made={n: m for n, m in {**rewrite.made, **change.made}.items() if n not in change.drops},
+            drops=(rewrite.drops | change.drops) - change.made.keys(),
             config={**rewrite.config, **change.config},
             recipe=(*rewrite.recipe, {"move": spec.name, **dict(spec.options)}),
             used=(*rewrite.used, *used),
-            patches=(*rewrite.patches, *change.patches),
+            patches=merged(rewrite.patches, change.patches),
         )
         # A copy made by untying starts from the original tensor, so it takes over its steps so far.
         inherited = {new: rewrite.steps[old] for new, old in change.copies.items() if old in rewrite.steps}
         if inherited:
             rewrite = replace(rewrite, steps={**rewrite.steps, **inherited})
         state = change.state or state
-    return rewrite, state
+        if change.patches and retrace is not None:
+            gauge = retrace(rewrite)
+            state = State(False, frozenset(state.folded & gauge.trace.shapes.keys()))
+    return rewrite, state, gauge
 
 
 def _merged(

@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -68,8 +68,11 @@ class StagedOutput:
         *,
         key: str,
         copies: Mapping[str, str] | None = None,
+        made: Mapping[str, tuple[str, tuple[int, ...]]] | None = None,
+        drops: Collection[str] = (),
         dtype: torch.dtype | None = None,
         config: Mapping[str, Any] | None = None,
+        files: Mapping[str, bytes] | None = None,
     ) -> None:
         """Reserve the space, write headers, index and side files, and take over an earlier run.
 
@@ -80,8 +83,11 @@ class StagedOutput:
                 directory with another key is thrown away.
             copies: new tensors and the source tensors whose shape, dtype and shard they take. If the
                 source already stores a tensor of the new name, that one keeps its place.
+            made, drops: tensors of other shapes, and tensors left out; see
+                :func:`regauge.layout.plan_layout`.
             dtype: float64, float32, float16 or bfloat16 for every floating tensor; None keeps each.
             config: replacements at the top level of ``config.json``.
+            files: further files, relative name -> contents; they replace those of the source.
 
         Raises:
             BadInput: ``out`` is taken, lies inside the source, has no parent, or is being written by
@@ -91,13 +97,15 @@ class StagedOutput:
         self.out = Path(out).absolute()
         self.source = source
         self.copies = dict(copies or {})
+        self.made = dict(made or {})
+        self.drops = frozenset(drops)
         self.dtype = dtype
         self.digests: dict[str, str] = {}
         self.resumed: set[str] = set()
         self._files: dict[str, int] = {}
         self._journal: Journal | None = None
         self._check_place()
-        self.targets = plan_layout(source, self.copies, dtype)
+        self.targets = plan_layout(source, self.copies, dtype, self.made, self.drops)
         self.entries: dict[str, Entry] = {e.name: e for target in self.targets for e in target.entries}
         self.staging = self.out.parent / f".{self.out.name}.regauge-partial"
         self.directory = self.staging / "files"
@@ -114,7 +122,7 @@ class StagedOutput:
                 self._check_room()
                 for target in self.targets:
                     self._allocate(target)
-                self._write_rest(config or {})
+                self._write_rest(config or {}, files or {})
                 self._take_over(self._journal.claims)
         except BaseException:
             if fresh:
@@ -309,7 +317,7 @@ class StagedOutput:
         layout = hashlib.sha256(b"".join(target.header for target in self.targets)).hexdigest()
         return {"regauge-journal": 1, "key": key, "layout": layout}
 
-    def _write_rest(self, config: Mapping[str, Any]) -> None:
+    def _write_rest(self, config: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
         """Everything but the weights: index, side files, edited config."""
         for stale in (path for path in self.directory.iterdir() if path.name not in self._files):
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
@@ -321,6 +329,8 @@ class StagedOutput:
             (self.directory / self.source.index).write_bytes(text)
         if config:
             (self.directory / CONFIG).write_bytes(config_text(self.source, config))
+        for file, content in files.items():
+            (self.directory / file).write_bytes(content)
 
     def _check_room(self) -> None:
         """Raise ENOSPC now rather than in the middle. What others write meanwhile is met when it happens."""

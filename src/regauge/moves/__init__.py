@@ -9,14 +9,17 @@ from regauge.moves.entries import PERMUTE, RESCALE
 from regauge.moves.fold import DROP_KEY_BIAS, FOLD_SCALES, FOLD_SHIFTS, FOLD_VALUE_BIAS
 from regauge.moves.residual import CENTER, UNTIE
 from regauge.moves.rotate import BALANCE_HEADS, ROTATE
+from regauge.moves.structure import ADD_BIAS, STRIP
 
 _ALL = (
     UNTIE,
+    ADD_BIAS,
     FOLD_SHIFTS,
     FOLD_SCALES,
     FOLD_VALUE_BIAS,
     DROP_KEY_BIAS,
     CENTER,
+    STRIP,
     ROTATE,
     RESCALE,
     PERMUTE,

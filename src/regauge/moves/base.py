@@ -18,7 +18,8 @@ from regauge.atlas import Atlas, Generator, Kind, Space
 from regauge.discover import Gauge
 from regauge.elements import Element, residual
 from regauge.errors import Refused
-from regauge.plan import Step
+from regauge.plan import Made, Step
+from regauge.trace import Trace, untie
 
 
 class Preserves(StrEnum):
@@ -75,6 +76,11 @@ class Scene:
     def atlas(self) -> Atlas:
         return self.gauge.atlas(untied=self.state.untied, folded=self.state.folded)
 
+    @property
+    def trace(self) -> Trace:
+        """The traced model, with a parameter of its own for every role once it is untied."""
+        return untie(self.gauge.trace) if self.state.untied else self.gauge.trace
+
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.gauge.trace.shapes[self.gauge.trace.canonical[name]])
 
@@ -103,10 +109,12 @@ class Used:
 
 @dataclass(frozen=True)
 class Change:
-    """What a move does: steps for parameters, copies for untying, and the state afterwards."""
+    """What a move does; see :class:`regauge.plan.Rewrite`. ``state``: how far the moves have come then."""
 
     steps: Mapping[str, tuple[Step, ...]] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
+    made: Mapping[str, Made] = field(default_factory=dict)
+    drops: frozenset[str] = frozenset()
     config: Mapping[str, Any] = field(default_factory=dict)
     state: State | None = None
     used: tuple[Used, ...] = ()

@@ -9,6 +9,8 @@ from regauge.act import CenterStep
 from regauge.atlas import Kind
 from regauge.errors import Refused
 from regauge.moves.base import Builder, Change, Move, Option, Preserves, Scene, State, describe, widest
+from regauge.moves.structure import rms_patch
+from regauge.patches import owners
 
 
 def plan_center(scene: Scene, options: Mapping[str, Any]) -> Change:
@@ -34,7 +36,9 @@ def plan_center(scene: Scene, options: Mapping[str, Any]) -> Change:
         )
     if options["norm"] == "rms":
         nodes = scene.gauge.zero_mean_norms(centred, untied=scene.state.untied)
-        return builder.change(patches=({"patch": "layer-norm-to-rms-norm", "nodes": nodes},))
+        if not nodes:
+            raise Refused("no LayerNorm here has an input of mean zero, even when centred")
+        return builder.change(patches=tuple(map(rms_patch, owners(scene.trace, nodes).values())))
     return builder.change()
 
 
@@ -58,7 +62,7 @@ CENTER = Move(
         "norm": Option(
             str,
             "keep",
-            "rms: also replace each LayerNorm by an RMSNorm (planned and certified, not yet stored)",
+            "rms: also replace each LayerNorm whose input is then centred by an RMSNorm",
             ("keep", "rms"),
         )
     },

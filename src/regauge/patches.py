@@ -1,0 +1,191 @@
+"""Structure patches: modules of a traced model that can be replaced, and what replaces them.
+
+A patch is plain data: ``path``, ``module`` (what takes its place, see :mod:`regauge.modeling_regauge`) and
+the arguments of that. Which module can be replaced follows from the operations it was traced to: all of them
+must be one normalisation or one linear map whose parameters are the module's own and nobody else's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from regauge.errors import Refused
+from regauge.interpret import op_name
+from regauge.trace import Trace, module_path
+
+Patch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Replaceable:
+    """A module that is nothing but one normalisation or one linear map.
+
+    Attributes:
+        path: where it is.
+        patch: the replacement that computes the same.
+        nodes: names of the operations that do the work, one for each call.
+        weight, bias: its parameters by state-dict name, where it has them.
+    """
+
+    path: str
+    patch: Patch
+    nodes: tuple[str, ...]
+    weight: str | None
+    bias: str | None
+
+
+def replaceable(trace: Trace) -> dict[str, Replaceable]:
+    """Path -> every module that can be replaced by one of ours, in order of first use."""
+    inside: dict[str, list[fx.Node]] = {}
+    nested: set[str] = set()
+    for node in trace.graph.nodes:
+        if node.op != "call_function":
+            continue
+        path = module_path(node)
+        inside.setdefault(path, []).append(node)
+        parent = path.rpartition(".")[0]
+        while parent:
+            nested.add(parent)
+            parent = parent.rpartition(".")[0]
+    found: dict[str, Replaceable] = {}
+    for path, nodes in inside.items():
+        if path and path not in nested:
+            known = _norm(trace, path, nodes) or _linear(trace, path, nodes)
+            if known is not None:
+                found[path] = known
+    return found
+
+
+def owners(trace: Trace, nodes: Iterable[str]) -> dict[str, Replaceable]:
+    """The modules that compute exactly these operations.
+
+    Raises:
+        Refused: an operation lies in a module that does more, or a module does it also elsewhere.
+    """
+    wanted = dict.fromkeys(nodes)
+    by_node = {node: module for module in replaceable(trace).values() for node in module.nodes}
+    found: dict[str, Replaceable] = {}
+    for name in wanted:
+        module = by_node.get(name)
+        missing = [] if module is None else [node for node in module.nodes if node not in wanted]
+        if module is None or missing:
+            node = next(node for node in trace.graph.nodes if node.name == name)
+            raise Refused(
+                "an operation cannot be replaced: it does not make up a module of its own",
+                node=f"{name} in {module_path(node) or 'the model'}",
+                expected="a module that does this operation and nothing else",
+                found="other operations in it" if module is None else f"it is also called as {missing[0]}",
+            )
+        found[module.path] = module
+    return found
+
+
+def merged(old: Sequence[Patch], new: Sequence[Patch]) -> tuple[Patch, ...]:
+    """Patches by path; a later one takes the place of an earlier one."""
+    return tuple({patch["path"]: dict(patch) for patch in (*old, *new)}.values())
+
+
+_ARGUMENTS = {
+    "aten.layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"),
+    "aten.rms_norm": ("input", "normalized_shape", "weight", "eps"),
+}
+
+
+def _norm(trace: Trace, path: str, nodes: list[fx.Node]) -> Replaceable | None:
+    """LayerNorm or RMSNorm over the last axis, gain and shift within the operation or added after it."""
+    calls: list[fx.Node] = []
+    options: list[dict[str, Any]] = []
+    held: set[tuple[str | None, str | None]] = set()
+    rest = list(nodes)
+    while rest:
+        node = rest.pop(0)
+        name = op_name(node)
+        if name not in _ARGUMENTS:
+            return None
+        args: dict[str, Any] = dict(zip(_ARGUMENTS[name], node.args, strict=False))
+        args.update(node.kwargs)
+        shape, eps = args["normalized_shape"], args.get("eps")
+        weight, bias = args.get("weight"), args.get("bias")
+        if name == "aten.rms_norm" and rest and op_name(rest[0]) == "aten.add" and _adds(rest[0], node):
+            bias = rest.pop(0).args[1]
+        if len(shape) != 1 or (eps is None and name == "aten.rms_norm"):
+            return None
+        form = "layer" if name == "aten.layer_norm" else "rms"
+        options.append({"form": form, "size": shape[0], "eps": 1e-5 if eps is None else float(eps)})
+        held.add((_own(trace, path, weight), _own(trace, path, bias)))
+        calls.append(node)
+        if (weight is not None and _own(trace, path, weight) is None) or (
+            bias is not None and _own(trace, path, bias) is None
+        ):
+            return None
+    if not calls or len(held) != 1 or any(option != options[0] for option in options):
+        return None
+    ((weight, bias),) = held
+    has = {"weight": weight is not None, "bias": bias is not None}
+    patch = {"path": path, "module": "norm", **options[0], **has}
+    return Replaceable(path, patch, tuple(node.name for node in calls), weight, bias)
+
+
+def _adds(node: fx.Node, norm: fx.Node) -> bool:
+    return node.args[0] is norm and len(node.args) == 2 and not node.kwargs and len(norm.users) == 1
+
+
+def _linear(trace: Trace, path: str, nodes: list[fx.Node]) -> Replaceable | None:
+    """A linear map: ``linear(x, W, b)``, ``linear(x, Wᵀ, b)`` or a product of a flattened x with W."""
+    calls: list[fx.Node] = []
+    held: set[tuple[str | None, str | None, bool]] = set()
+    for number, node in enumerate(nodes):
+        name = op_name(node)
+        if name in ("aten.linear", "aten.addmm"):
+            args = [*node.args, None]
+            weight, bias = (args[1], args[2]) if name == "aten.linear" else (args[2], args[0])
+            transposed = name == "aten.addmm"
+            if isinstance(weight, fx.Node) and op_name(weight) == "aten.t" and weight in nodes:
+                weight, transposed = weight.args[0], not transposed
+            own = _own(trace, path, weight), _own(trace, path, bias)
+            if node.kwargs or own[0] is None or (bias is not None and own[1] is None):
+                return None
+            held.add((*own, transposed))
+            calls.append(node)
+        elif name == "aten.view":
+            before = nodes[number - 1] if number else None
+            if not (before in calls and node.args[0] is before) and not _flattens(node):
+                return None
+        elif name != "aten.t" or _own(trace, path, node.args[0]) is None:
+            return None
+    if not calls or len(held) != 1:
+        return None
+    ((weight, bias, transposed),) = held
+    assert weight is not None
+    rows, columns = trace.shapes[trace.canonical[weight]]
+    outputs, inputs = (columns, rows) if transposed else (rows, columns)
+    patch = {
+        "path": path,
+        "module": "linear",
+        "inputs": inputs,
+        "outputs": outputs,
+        "bias": bias is not None,
+        "transposed": transposed,
+    }
+    last = [node for node in nodes if any(user not in nodes for user in node.users)]
+    if len(last) != len(calls):
+        return None
+    return Replaceable(path, patch, tuple(node.name for node in calls), weight, bias)
+
+
+def _flattens(node: fx.Node) -> bool:
+    """All axes but the last become one."""
+    before, after = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
+    return len(after) == 2 and before[-1] == after[-1]
+
+
+def _own(trace: Trace, path: str, value: Any) -> str | None:
+    """State-dict name of a parameter that this module holds and that has no other name."""
+    if not isinstance(value, fx.Node) or value.name not in trace.parameters:
+        return None
+    name = trace.parameters[value.name]
+    return name if trace.aliases[name] == (name,) and name.rpartition(".")[0] == path else None

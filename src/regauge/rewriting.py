@@ -1,0 +1,281 @@
+"""Rewriting a directory: plan, write, check what was written, certify, and only then let it appear."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regauge import modeling_regauge
+from regauge.apply import ApplyReport, RewrittenView, apply_rewrite
+from regauge.certify import Certificate, certify
+from regauge.certify.certificate import software
+from regauge.checkpoint import Checkpoint
+from regauge.discover import Gauge
+from regauge.errors import CheckpointError, NotEquivalent, RegaugeError
+from regauge.hf import checkpoint_names, load_meta, patched_config, read_config, untied_config
+from regauge.jobs import tensor_copies, tensor_drops, tensor_made
+from regauge.modeling_regauge import KEY
+from regauge.plan import Rewrite
+from regauge.planner import make_plan
+from regauge.recipe import Recipe, parse_recipe
+from regauge.sources import resolve
+from regauge.trace import Trace, trace
+from regauge.write import StagedOutput
+from regauge.written import Written, check_written
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, done, total); totals are bytes for tensors, steps otherwise."""
+
+
+@dataclass(frozen=True)
+class RewriteResult:
+    """What a rewrite did.
+
+    Attributes:
+        certificate: evidence that the function stayed.
+        report: bytes and tensors written.
+        manifest: what ``regauge.json`` in the output says.
+        seconds: time by stage.
+        rewrite: the plan.
+    """
+
+    certificate: Certificate
+    report: ApplyReport
+    manifest: Mapping[str, Any]
+    seconds: Mapping[str, float]
+    rewrite: Rewrite = field(repr=False)
+
+
+class _Exact:
+    """Weights as the plan leaves them, in float64 and not rounded, for the certificate."""
+
+    def __init__(self, view: RewrittenView) -> None:
+        self._view = view
+
+    def __call__(self, name: str) -> torch.Tensor:
+        return self._view.read(name)
+
+    def rows(self, name: str, index: torch.Tensor) -> torch.Tensor:
+        flat = index.reshape(-1)
+        unique, back = flat.unique(return_inverse=True)
+        parts: list[torch.Tensor] = []
+        start = 0
+        while start < len(unique):
+            stop = start + 1
+            while stop < len(unique) and int(unique[stop]) == int(unique[stop - 1]) + 1:
+                stop += 1
+            parts.append(self._view.read_rows(name, int(unique[start]), int(unique[stop - 1]) + 1))
+            start = stop
+        rows = torch.cat(parts) if parts else self._view.read_rows(name, 0, 0)
+        return rows[back].reshape(*index.shape, *rows.shape[1:])
+
+
+def rewrite(
+    source: str | Path,
+    out: str | Path,
+    recipe: Recipe | Mapping[str, Any],
+    *,
+    dtype: torch.dtype | None = None,
+    seed: int | None = None,
+    max_memory: int | None = None,
+    text: str | Path | None = None,
+    progress: Progress | None = None,
+) -> RewriteResult:
+    """Move a checkpoint along its gauge, certify it, and only then let it appear at ``out``.
+
+    Args:
+        source: see :func:`resolve`; never written to.
+        out: directory that does not exist yet.
+        recipe: moves in order.
+        dtype: storage of floating tensors; None keeps each.
+        seed: of everything random; default that of the recipe, else 0.
+        max_memory: bytes to stay near.
+        text: text file for the certificate; default random inputs.
+        progress: see :data:`Progress`.
+
+    Raises:
+        Refused: a move does not exist here, or the result cannot be stored.
+        NotEquivalent: the certificate failed; nothing is left at ``out``.
+        BadInput, CheckpointError: unusable input; nothing is left at ``out``.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else parse_recipe(recipe)
+    seed = seed if seed is not None else (recipe.seed or 0)
+    if dtype is None and recipe.dtype is not None:
+        dtype = getattr(torch, recipe.dtype)
+    tell: Progress = progress or (lambda what, done, total: None)
+    clock = _Clock()
+    path, target = resolve(source), Path(out)
+    with Checkpoint.open(path) as files:
+        tell("tracing", 0, 1)
+        held, source_config = load_meta(path), read_config(path)
+        names = checkpoint_names(held, files.names)
+        gauge = Gauge(trace(held.model, (), held.inputs))
+        _check_shapes(files, names, gauge.trace)
+        clock.lap("trace")
+        tell("planning", 0, len(recipe.moves))
+        count = iter(range(1, len(recipe.moves) + 1))
+
+        def retrace(plan: Rewrite) -> Gauge:
+            changed = load_meta({**source_config, **_config(source_config, plan)})
+            return Gauge(trace(changed.model, (), changed.inputs))
+
+        plan, _, _ = make_plan(
+            gauge,
+            recipe,
+            seed,
+            partial(_reader, files, names),
+            lambda: untied_config(source_config),
+            lambda name: tell(f"planning {name}", next(count), len(recipe.moves)),
+            retrace,
+        )
+        # A copy that the checkpoint does not store yet is a new tensor of its own name.
+        names = {n: t for n, t in names.items() if n not in plan.copies or t != names[plan.copies[n]]}
+        clock.lap("plan")
+        config = _config(source_config, plan)
+        if dtype is not None:
+            old = "torch_dtype" in source_config
+            config |= dict.fromkeys(("dtype", "torch_dtype")[: 1 + old], str(dtype).removeprefix("torch."))
+        key = _digest(
+            files.stamp(), plan.recipe, _files_named(recipe), seed, str(dtype), max_memory, software()
+        )
+        with StagedOutput(
+            target,
+            files,
+            key=key,
+            copies=tensor_copies(files, plan, names),
+            made=tensor_made(files, plan, names),
+            drops=tensor_drops(files, plan, names),
+            dtype=dtype,
+            config=config,
+            files=_code(config),
+        ) as staged:
+            try:
+                total = staged.size_bytes
+                so_far = 0
+
+                def wrote(n: int) -> None:
+                    nonlocal so_far
+                    so_far += n
+                    tell("writing", so_far, total)
+
+                report = apply_rewrite(
+                    files, plan, staged, names=names, max_memory=max_memory, dtype=dtype, progress=wrote
+                )
+                clock.lap("write")
+                tell("checking what was written", 0, 1)
+                with Checkpoint.open(staged.directory) as result:
+                    written = check_written(result, RewrittenView(files, plan, names), plan, names)
+                clock.lap("check")
+                tell("certifying", 0, 1)
+                certificate = certify(
+                    path,
+                    staged.directory,
+                    text=text,
+                    seed=seed,
+                    max_memory=max_memory,
+                    weights_b_exact=_Exact(RewrittenView(files, plan, names)),
+                )
+                certificate = replace(certificate, b=replace(certificate.b, name=target.name))
+                clock.lap("certify")
+                if not certificate.passed:
+                    raise NotEquivalent(
+                        f"the certificate failed: {certificate.reason}",
+                        expected="equivalent",
+                        found=str(certificate.verdict),
+                        way_out="unless the output overflows this is a fault in regauge: report the recipe",
+                    )
+                manifest = _manifest(plan, seed, files, staged, written, certificate, clock.seconds)
+                staged.commit(manifest)
+            except RegaugeError:
+                staged.discard()
+                raise
+            clock.lap("commit")
+    return RewriteResult(certificate, report, manifest, clock.seconds, plan)
+
+
+def _config(config: Mapping[str, Any], plan: Rewrite) -> dict[str, Any]:
+    """Changes to the top level of ``config.json`` that the plan needs."""
+    changes = dict(plan.config)
+    if plan.patches:
+        changes |= patched_config({**config, **changes}, plan.patches)
+    return changes
+
+
+def _code(config: Mapping[str, Any]) -> dict[str, bytes]:
+    """The file that lets stock transformers load a changed structure, if it is one."""
+    if KEY not in config:
+        return {}
+    path = Path(str(modeling_regauge.__file__))
+    return {path.name: path.read_bytes()}
+
+
+def _check_shapes(files: Checkpoint, names: Mapping[str, str], traced: Trace) -> None:
+    for name, shape in traced.shapes.items():
+        if name in names and tuple(files.shape(names[name])) != tuple(shape):
+            raise CheckpointError(
+                "a tensor has another shape than the config says",
+                parameter=names[name],
+                expected=str(tuple(shape)),
+                found=str(tuple(files.shape(names[name]))),
+                way_out="use the config.json that belongs to these weights",
+            )
+
+
+def _reader(files: Checkpoint, names: Mapping[str, str], plan: Rewrite) -> Callable[[str], torch.Tensor]:
+    """Current values by parameter name, as the plan so far leaves them."""
+    return RewrittenView(files, plan, names).read
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = round(now - self._last, 3)
+        self._last = now
+
+
+def _files_named(recipe: Recipe) -> list[str]:
+    """Contents of the files that options name, so that a changed file is not taken for the same run."""
+    paths = [Path(str(value)) for move in recipe.moves for value in move.options.values() if value]
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()]
+
+
+def _digest(*parts: Any) -> str:
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _manifest(
+    plan: Rewrite,
+    seed: int,
+    files: Checkpoint,
+    staged: StagedOutput,
+    written: Written,
+    certificate: Certificate,
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "recipe": [dict(item) for item in plan.recipe],
+        "seed": seed,
+        "source": {"digest": certificate.a.digest, "bytes": files.size_bytes},
+        "output": {"digest": staged.digest()},
+        "algebra": [dict(item) for item in plan.used],
+        "patches": [dict(patch) for patch in plan.patches],
+        "parameters": {"made": sorted(plan.made), "dropped": sorted(plan.drops)},
+        "written": {"tensors": written.tensors, "worst_ulps": written.worst},
+        "certificate": json.loads(certificate.to_json()),
+        "software": software(),
+        "seconds": dict(seconds),
+    }
