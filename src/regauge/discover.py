@@ -7,11 +7,11 @@ from dataclasses import replace
 from functools import partial
 
 from regauge.atlas import Atlas, Space
-from regauge.interpret import Walk, interpret, op_name
+from regauge.interpret import Walk, interpret
+from regauge.solve.centring import entrances
 from regauge.solve.folding import foldable
 from regauge.solve.layout import Layout
 from regauge.solve.solver import Solver
-from regauge.solve.zero_mean import zero_mean_inputs
 from regauge.trace import Trace
 
 
@@ -99,11 +99,20 @@ class Gauge:
                 return tuple(dict.fromkeys(name for name, _ in walk.result.parameters if name in done))
             done |= more
 
-    def zero_mean_norms(self, centred: Set[tuple[str, int]], *, untied: bool = False) -> tuple[str, ...]:
-        """LayerNorm operations whose input has mean zero once these (parameter, axis) are centred."""
-        walk, _ = self._walk(untied)
-        layer_norms = {n.name for n in self.trace.graph.nodes if op_name(n) == "aten.layer_norm"}
-        return tuple(n for n in zero_mean_inputs(walk.result, centred) if n in layer_norms)
+    def zero_mean_norms(
+        self, centred: Set[tuple[str, int]], *, untied: bool = False
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Where to centre in the forward pass, and which LayerNorms then have an input of mean zero.
+
+        Args:
+            centred: (parameter, axis) whose mean along the axis is zero.
+            untied: as above.
+
+        Returns:
+            see :func:`regauge.solve.centring.entrances`.
+        """
+        walk, layout = self._walk(untied)
+        return entrances(walk, layout, frozenset(), centred, self.trace.graph)
 
     def _walk(self, untied: bool) -> tuple[Walk, Layout]:
         if untied not in self._walks:

@@ -60,6 +60,7 @@ def interpret(trace: Trace, untied: bool = False) -> Walk:
                     walk.stop(value, "is the output of the network")
         else:
             raise RegaugeError(f"unexpected node kind {node.op}", node=node.name)
+    walk.results = {node.name: result for node, result in env.items()}
     _one_chart(walk)
     return walk
 

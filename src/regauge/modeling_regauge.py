@@ -109,16 +109,31 @@ class Linear(nn.Module):
 MODULES: dict[str, Any] = {"norm": Norm, "linear": Linear}
 
 
+def center_input(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """x[…, c] ← x[…, c] − mean_c x[…, c] for the first tensor that a module is called with."""
+    held = [*args, *kwargs.values()]
+    place = next(i for i, value in enumerate(held) if isinstance(value, torch.Tensor))
+    held[place] = held[place] - held[place].mean(-1, keepdim=True)
+    return tuple(held[: len(args)]), dict(zip(kwargs, held[len(args) :], strict=True))
+
+
+HOOKS: dict[str, Any] = {"center-input": center_input}
+
+
 def apply_patches(model: nn.Module, patches: Any) -> nn.Module:
     """Replace modules of ``model`` in place; new ones have the device and dtype of those they replace.
 
     Args:
         model: any module.
-        patches: mappings with ``path``, ``module`` (a key of ``MODULES``) and the arguments of the module.
+        patches: mappings with ``path``, ``module`` (a key of ``MODULES`` with its arguments, or of ``HOOKS``:
+            what is done to the input of the module at ``path``).
     """
     for patch in patches:
         options = dict(patch)
         path, kind = options.pop("path"), options.pop("module")
+        if kind in HOOKS:
+            model.get_submodule(path).register_forward_pre_hook(HOOKS[kind], with_kwargs=True)
+            continue
         if kind not in MODULES:
             raise ValueError(f"{path}: unknown replacement {kind}; a newer version may know it")
         old = model.get_submodule(path)

@@ -15,6 +15,7 @@ from torch import fx
 
 from regauge.errors import Refused
 from regauge.interpret import op_name
+from regauge.modeling_regauge import HOOKS
 from regauge.trace import Trace, module_path
 
 Patch = Mapping[str, Any]
@@ -85,8 +86,8 @@ def owners(trace: Trace, nodes: Iterable[str]) -> dict[str, Replaceable]:
 
 
 def merged(old: Sequence[Patch], new: Sequence[Patch]) -> tuple[Patch, ...]:
-    """Patches by path; a later one takes the place of an earlier one."""
-    return tuple({patch["path"]: dict(patch) for patch in (*old, *new)}.values())
+    """Patches by path; a later replacement takes the place of an earlier one."""
+    return tuple({(p["path"], p["module"] in HOOKS): dict(p) for p in (*old, *new)}.values())
 
 
 _ARGUMENTS = {

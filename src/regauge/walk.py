@@ -3,7 +3,9 @@ structure of the axes it aligns, and records one fact."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 from regauge.abstract import Abstract
 from regauge.atlas import Refusal
@@ -14,7 +16,13 @@ from regauge.structure import Axis, total
 
 class Walk(Abstract):
     """State of one walk over a graph: entrywise functions and rearrangements from :class:`Abstract`,
-    sums and products here."""
+    sums and products here.
+
+    Attributes:
+        results: name of an operation -> what it gave: a value, several, or plain data. Set at the end.
+    """
+
+    results: Mapping[str, Any] = MappingProxyType({})
 
     def contract(self, a: Value, b: Value, la: Sequence[str], lb: Sequence[str], lo: Sequence[str]) -> Value:
         """Einsum of two values. A letter whose axis has size one in one of them is broadcast."""

@@ -150,6 +150,7 @@ def render(certificate: Certificate) -> RenderableType:
         ("float64, before rounding", evidence.exact),
         ("float64, weights as stored", evidence.float64),
         (f"  floor: original re-rounded to {floor}", evidence.floor),
+        ("  floor: the other re-rounded", evidence.floor_b),
         ("in the stored dtype", evidence.stored),
         (f"  floor: original re-rounded to {floor}", evidence.stored_floor),
     ):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -31,6 +31,10 @@ EXACT = 1e-10
 FLOOR_FACTOR = 3.0
 """How many times the rounding floor still counts as rounding: one draw of the noise is an estimate, and a
 rewrite rounds other numbers than the original did."""
+
+COARSE = 10.0
+"""How many floors of the original a floor of the other model may count for: coordinates that mix entries of
+different size round more coarsely, but a model that rounding ruins is no longer the same."""
 
 POOL = 1 << 21
 """Random steps drawn once and read by every row of every weight from a place of its own."""
@@ -67,6 +71,7 @@ class FunctionEvidence:
         floor: a against a re-rounded, in float64.
         stored: a against b, run in the dtypes the models hold; None if not asked for.
         stored_floor: a against a re-rounded, likewise.
+        floor_b: b against b re-rounded, in float64; None unless the floor of a does not explain the error.
         positions: number of positions compared (tokens of a language model).
         bits: whether a and b gave the same bits in float64 everywhere.
     """
@@ -78,12 +83,13 @@ class FunctionEvidence:
     stored_floor: Figures | None
     positions: int
     bits: bool
+    floor_b: Figures | None = None
 
 
 def compare_functions(
     a: Function,
     b: Function,
-    inputs: Iterable[Mapping[str, Any]],
+    inputs: Sequence[Mapping[str, Any]],
     *,
     exact: Callable[[str], torch.Tensor] | None = None,
     storage: Callable[[str], torch.dtype] | None = None,
@@ -132,6 +138,17 @@ def compare_functions(
             del others
     if positions == 0:
         raise BadInput("there is nothing to compare on", expected="at least one input")
+    floor, error = sums["floor"].figures().relative, sums["float64"].figures().relative
+    own = None
+    if FLOOR_FACTOR * floor < error <= FLOOR_FACTOR * COARSE * floor:
+        own = Distance(logits)
+        again = Function(b.trace, Rerounded(b.weights, None, seed), b.buffers)
+        for batch in inputs:
+            first, second = (
+                run_in_parts(f.trace, f.weights, f.buffers, batch, dtype=torch.float64, block=block)
+                for f in (b, again)
+            )
+            compare(first, [(own, second)])
     return FunctionEvidence(
         exact=sums["exact"].figures() if unrounded is not None else None,
         float64=sums["float64"].figures(),
@@ -140,6 +157,7 @@ def compare_functions(
         stored_floor=sums["stored_floor"].figures() if stored else None,
         positions=positions,
         bits=sums["float64"].bits,
+        floor_b=None if own is None else own.figures(),
     )
 
 
@@ -151,12 +169,16 @@ def judge(
     - *equivalent*: in float64 the relative error is below ``exact``, for the weights before they were
       rounded if these are available, and then rounding them costs no more than ``factor`` floors.
     - *equivalent within rounding*: in float64 the stored weights differ by at most ``factor`` floors.
+      A floor is what re-rounding alone does to a, or to b if that is more, but at most ten times as much.
     - *different*: anything else, and NaN or infinity anywhere.
     """
     everything = (evidence.exact, evidence.float64, evidence.stored, evidence.floor, evidence.stored_floor)
     if not all(figures.finite for figures in everything if figures is not None):
         return Verdict.DIFFERENT, "an output is NaN, or infinite in one of the two only"
-    error, bound = evidence.float64.relative, factor * evidence.floor.relative
+    error, floor = evidence.float64.relative, evidence.floor.relative
+    if evidence.floor_b is not None:
+        floor = max(floor, min(evidence.floor_b.relative, COARSE * floor))
+    bound = factor * floor
     if evidence.exact is not None and evidence.exact.relative >= exact:
         reason = f"relative error {evidence.exact.relative:.2e} in float64, before any rounding"
         return Verdict.DIFFERENT, f"{reason}, not below {exact:.0e}"
@@ -164,9 +186,7 @@ def judge(
         return Verdict.EQUIVALENT, "the outputs in float64 are the same bits"
     if error < exact:
         return Verdict.EQUIVALENT, f"relative error {error:.2e} in float64, below {exact:.0e}"
-    times = (
-        f"{error:.2e} = {error / evidence.floor.relative:.2g} rounding floors" if bound else f"{error:.2e}"
-    )
+    times = f"{error:.2e} = {error / floor:.2g} rounding floors" if bound else f"{error:.2e}"
     if error > bound:
         return Verdict.DIFFERENT, f"relative error of the stored weights {times}, more than {factor:g}"
     if evidence.exact is not None:

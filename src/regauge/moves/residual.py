@@ -10,7 +10,7 @@ from regauge.atlas import Kind
 from regauge.errors import Refused
 from regauge.moves.base import Builder, Change, Move, Option, Preserves, Scene, State, describe, widest
 from regauge.moves.structure import rms_patch
-from regauge.patches import owners
+from regauge.patches import Patch, owners
 
 
 def plan_center(scene: Scene, options: Mapping[str, Any]) -> Change:
@@ -35,10 +35,11 @@ def plan_center(scene: Scene, options: Mapping[str, Any]) -> Change:
             found="its readers see the ones direction (an RMS norm does, a LayerNorm does not)",
         )
     if options["norm"] == "rms":
-        nodes = scene.gauge.zero_mean_norms(centred, untied=scene.state.untied)
+        paths, nodes = scene.gauge.zero_mean_norms(centred, untied=scene.state.untied)
+        entries: list[Patch] = [{"path": path, "module": "center-input"} for path in paths]
         if not nodes:
             raise Refused("no LayerNorm here has an input of mean zero, even when centred")
-        return builder.change(patches=tuple(map(rms_patch, owners(scene.trace, nodes).values())))
+        return builder.change(patches=(*entries, *map(rms_patch, owners(scene.trace, nodes).values())))
     return builder.change()
 
 

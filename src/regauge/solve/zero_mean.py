@@ -6,7 +6,7 @@ along the axis keep the mean at zero; a LayerNorm of such a value is an RMSNorm.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 
 from regauge.facts import Center, Concat, Contract, Facts, Law, Pointwise, Reduce, Remap, Value
 
@@ -14,12 +14,15 @@ Axes = dict[int, frozenset[int]]
 NONE: frozenset[int] = frozenset()
 
 
-def zero_mean_inputs(facts: Facts, centred: Set[tuple[str, int]]) -> tuple[str, ...]:
+def zero_mean_inputs(
+    facts: Facts, centred: Set[tuple[str, int]], taken: Mapping[int, int] | None = None
+) -> tuple[str, ...]:
     """Names of the operations that centre a value whose mean is zero already.
 
     Args:
         facts: the result of a walk.
         centred: (parameter, axis) pairs whose mean along the axis is zero for every other index.
+        taken: id of a value -> axis along which its mean is subtracted before anything reads it.
     """
     zero: Axes = {}
     for value in facts.parameters.values():
@@ -52,6 +55,9 @@ def zero_mean_inputs(facts: Facts, centred: Set[tuple[str, int]]) -> tuple[str, 
         elif isinstance(fact, Reduce) and fact.law is Law.SUM:
             held = zero.get(fact.inp.id, NONE)
             zero[fact.out.id] = frozenset(j for i, j in fact.keep if i in held)
+        out = getattr(fact, "out", None)
+        if taken and isinstance(out, Value) and out.id in taken:
+            zero[out.id] = zero.get(out.id, NONE) | {taken[out.id]}
     return tuple(dict.fromkeys(found))
 
 
