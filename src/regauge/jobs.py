@@ -36,10 +36,12 @@ def tensor_copies(source: Checkpoint, rewrite: Rewrite, names: Names) -> dict[st
 
 def tensor_made(source: Checkpoint, rewrite: Rewrite, names: Names) -> dict[str, tuple[str, tuple[int, ...]]]:
     """``rewrite.made`` in tensor names: tensor -> (tensor it is stored beside, shape)."""
-    return {
-        stored_as(new, names)[0] if new in names else new: (_tensors(source, made.like, names)[0], made.shape)
-        for new, made in rewrite.made.items()
-    }
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for new, made in rewrite.made.items():
+        like = rewrite.copies.get(made.like, made.like)
+        tensor = stored_as(new, names)[0] if new in names else new
+        found[tensor] = (_tensors(source, like, names)[0], made.shape)
+    return found
 
 
 def tensor_drops(source: Checkpoint, rewrite: Rewrite, names: Names) -> frozenset[str]:
@@ -63,7 +65,7 @@ def plan_jobs(source: Checkpoint, rewrite: Rewrite, names: Names) -> dict[str, J
         jobs[target] = Job(new, origin, tuple(rewrite.steps.get(new, ())))
     untied = set(jobs)
     for parameter, steps in rewrite.steps.items():
-        if parameter in rewrite.copies or parameter in rewrite.made or not steps:
+        if not steps or any(parameter in held for held in (rewrite.copies, rewrite.made, rewrite.drops)):
             continue
         for tensor in _tensors(source, parameter, names):
             if tensor in untied:

@@ -64,7 +64,7 @@ class Rewrite:
         copies: new tensor name -> name of the existing parameter whose *original* value it starts
             from (untying); its own steps are listed under the new name.
         made: parameters that are computed as a whole; their own steps are listed under their names.
-        drops: parameters that are no longer stored; none of them has steps.
+        drops: parameters that are no longer stored; steps they still have are not carried out.
         config: changes to the top level of ``config.json``.
         recipe: the moves that were asked for, as plain data, for the manifest.
         used: generators acted on, as plain data (id, kind, size, algebraic residuals).
