@@ -1,0 +1,251 @@
+"""Rewrites that change the structure: exact, stored, loaded by regauge and as remote code, and run on."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from regauge import modeling_regauge
+from regauge.api import inspect, load, rewrite, rewrite_module
+from regauge.atlas import Kind
+from regauge.certify import certify
+from regauge.checkpoint import Checkpoint
+from regauge.errors import Refused
+from regauge.hf import checkpoint_names, load_meta
+from regauge.modeling_regauge import Linear, Norm, apply_patches
+from test_end_to_end import build
+
+GOLDEN = Path(__file__).parent / "data" / "crmsnorm_golden.pt"
+MODELS = ("gpt2", "opt", "bloom", "neox", "vit", "whisper")
+FOLDS = ("add-bias", "fold-shifts", "fold-scales", "fold-value-bias", "drop-key-bias")
+
+
+def recipe(model: Any) -> list[Any]:
+    """Everything that a LayerNorm model admits, whatever it is."""
+    shared = [id(p) for p in model.state_dict(keep_vars=True).values()]
+    return [
+        *(["untie"] if len(set(shared)) < len(shared) else []),
+        *FOLDS,
+        {"name": "center", "norm": "rms"},
+        "strip",
+    ]
+
+
+def attempt(source: Path, out: Path, wanted: list[Any]) -> Any:
+    """Leave out the moves that are refused because there is nothing for them to do."""
+    while True:
+        try:
+            return rewrite(source, out, {"moves": wanted}, seed=1)
+        except Refused as refusal:
+            name = {"every linear map": "add-bias", "every key bias": "drop-key-bias"}
+            gone = next(move for text, move in name.items() if refusal.message.startswith(text))
+            wanted = [move for move in wanted if move != gone]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    path = tmp_path_factory.mktemp(request.param)
+    model = build(request.param)
+    model.save_pretrained(path / "source")
+    result = attempt(path / "source", path / "out", recipe(model))
+    return model, path / "source", path / "out", result
+
+
+def outputs(model: Any, source: Path, batch: int = 2, length: int = 5) -> torch.Tensor:
+    inputs = load_meta(source).real_inputs(batch=batch, length=length, seed=3)
+    with torch.no_grad():
+        return model(**inputs).logits.double()
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / a.norm())
+
+
+def test_layer_norms_become_rms_norms(case: Any) -> None:
+    model, source, out, result = case
+    assert result.certificate.evidence.exact.relative < 1e-12
+    assert result.certificate.passed
+    again = load(out).eval()
+    assert type(again).__name__ == type(model).__name__
+    norms = [module for module in again.modules() if isinstance(module, Norm)]
+    assert len(norms) == sum(isinstance(module, nn.LayerNorm) for module in model.modules())
+    assert not any(isinstance(module, nn.LayerNorm) for module in again.modules())
+    assert {norm.form for norm in norms} == {"rms"}
+    # The norm after BLOOM's embeddings writes to the residual: its gain has nowhere to go.
+    with_gain = [norm for norm in norms if norm.weight is not None or norm.bias is not None]
+    assert len(with_gain) == (type(model).__name__ == "BloomForCausalLM")
+    assert distance(outputs(model, source), outputs(again, source)) < 1e-5
+
+
+def test_the_directory_says_what_was_replaced(case: Any) -> None:
+    _, source, out, result = case
+    config = json.loads((out / "config.json").read_text())
+    manifest = json.loads((out / "regauge.json").read_text())
+    assert config["model_type"] == "regauge"
+    assert config["regauge"]["model_type"] == json.loads((source / "config.json").read_text())["model_type"]
+    assert config["regauge"]["patches"] == manifest["patches"] == [dict(p) for p in result.rewrite.patches]
+    with Checkpoint.open(out) as files:
+        again = load_meta(out)
+        model, held = again.model, set(checkpoint_names(again, files.names))
+        assert held <= set(model.state_dict())
+        assert not set(manifest["parameters"]["dropped"]) & held
+
+
+def test_loads_as_remote_code_and_not_as_stock(case: Any, tmp_path: Path) -> None:
+    model, source, out, _ = case
+    auto = json.loads((out / "config.json").read_text())["auto_map"]
+    name = next(name for name in auto if name != "AutoConfig")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        getattr(transformers, name).from_pretrained(out, trust_remote_code=False)
+    place = shutil.copytree(out, tmp_path / f"copy_{type(model).__name__.lower()}")
+    again = getattr(transformers, name).from_pretrained(place, trust_remote_code=True).eval()
+    assert type(again).__module__.startswith("transformers_modules.")
+    assert distance(outputs(load(out), source), outputs(again, source)) < 1e-6
+    again.save_pretrained(tmp_path / f"saved_{type(model).__name__.lower()}")
+    third = load(tmp_path / f"saved_{type(model).__name__.lower()}")
+    assert torch.equal(outputs(again, source), outputs(third, source))
+
+
+def test_a_rewritten_directory_is_a_source(case: Any, tmp_path: Path) -> None:
+    model, source, out, _ = case
+    atlas = inspect(out)
+    turns = {Kind.ORTHOGONAL, Kind.ORTHOGONAL_ONES}
+    if any(generator.kind in turns and not generator.copies for generator in atlas.generators):
+        result = rewrite(out, tmp_path / "again", {"moves": ["rotate", "permute"]}, seed=5)
+        assert result.certificate.evidence.exact.relative < 1e-12
+        assert certify(source, tmp_path / "again").passed
+        assert distance(outputs(model, source), outputs(load(tmp_path / "again"), source)) < 1e-5
+    else:
+        assert type(model).__name__ == "BloomForCausalLM"
+
+
+def test_a_wrong_patch_is_caught(case: Any, tmp_path: Path) -> None:
+    _, source, out, _ = case
+    assert certify(source, out).passed
+    place = shutil.copytree(out, tmp_path / "wrong")
+    config = json.loads((place / "config.json").read_text())
+    for patch in config["regauge"]["patches"]:
+        if patch["module"] == "norm":
+            patch["eps"] *= 1000
+    (place / "config.json").write_text(json.dumps(config))
+    assert not certify(source, place).passed
+
+
+def test_generates_and_trains(tmp_path: Path) -> None:
+    model = build("gpt2")
+    model.save_pretrained(tmp_path / "source")
+    attempt(tmp_path / "source", tmp_path / "out", recipe(model))
+    again = load(tmp_path / "out", dtype=torch.float32)
+    ids = torch.tensor([[5, 7, 11]])
+    first = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert torch.equal(first, again.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0))
+    again.train()
+    again(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in again.parameters() if p.requires_grad)
+    assert {p.dtype for p in again.to(torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["bert", "gemma3", "llama"])
+def test_refused_where_the_mean_is_seen(name: str, tmp_path: Path) -> None:
+    build(name).save_pretrained(tmp_path / "source")
+    with pytest.raises(Refused, match="blind to the mean"):
+        rewrite(tmp_path / "source", tmp_path / "out", {"moves": [{"name": "center", "norm": "rms"}]})
+    assert not (tmp_path / "out").exists()
+
+
+def test_strip_leaves_what_does_something(tmp_path: Path) -> None:
+    build("gpt2").save_pretrained(tmp_path / "source")
+    with pytest.raises(Refused, match="does something"):
+        rewrite(tmp_path / "source", tmp_path / "out", {"moves": ["strip"]})
+
+
+class Block(nn.Module):
+    """A GELU writes to the stream, so it must be centred once on the way in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(6), nn.Linear(6, 10, bias=False), nn.Linear(10, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = nn.Linear(4, 6), nn.Sequential(Block(), Block())
+        self.last, self.head = nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.last(self.blocks(torch.nn.functional.gelu(self.stem(x)))))
+
+
+def test_plain_modules_too() -> None:
+    torch.manual_seed(0)
+    model = Stack().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    moves = ["add-bias", "fold-shifts", "fold-scales", {"name": "center", "norm": "rms"}, "strip"]
+    changed, certificate = rewrite_module(model, (x,), {"moves": moves})
+    assert certificate.evidence.float64.relative < 1e-12
+    assert not any(isinstance(module, nn.LayerNorm) for module in changed.modules())
+    assert sum(p.numel() for n, p in changed.named_parameters() if "norm" in n or "last" in n) == 0
+    up = changed.get_submodule("blocks.0.up")
+    assert isinstance(up, Linear)
+    assert up.bias is not None
+    assert torch.allclose(model(x), changed(x), rtol=0, atol=1e-12)
+    assert isinstance(model.last, nn.LayerNorm)
+
+
+def test_norms_against_the_authors() -> None:
+    golden = torch.load(GOLDEN, weights_only=True)["functions"]
+    for form, key in (("layer", "layer_norm"), ("rms", "rms_norm"), ("crms", "crms_norm")):
+        case = golden[key]
+        x = case["x"].clone().requires_grad_()
+        y = Norm(form, x.shape[-1], case["eps"]).double()(x)
+        y.backward(case["grad_out"])
+        assert x.grad is not None
+        assert torch.allclose(y, case["y"], rtol=0, atol=1e-12)
+        assert torch.allclose(x.grad, case["grad_x"], rtol=0, atol=1e-12)
+
+
+def test_forms_are_one_function_in_other_coordinates() -> None:
+    x = torch.randn(7, 6, dtype=torch.float64)
+    centred = x - x.mean(-1, keepdim=True)
+    wanted = Norm("layer", 6, 1e-5)(x)
+    assert torch.allclose(Norm("rms", 6, 1e-5)(centred), wanted)
+    assert torch.allclose(Norm("crms", 5, 1e-5)(centred[:, :-1]), wanted[:, :-1])
+    ones = torch.full((6, 1), 6**-0.5, dtype=torch.float64)
+    q = torch.linalg.qr(torch.cat([ones, torch.randn(6, 5, dtype=torch.float64)], 1))[0][:, 1:]
+    assert torch.allclose(Norm("chart", 5, 1e-5)(centred @ q) @ q.T, wanted)
+
+
+def test_the_runtime_stands_alone() -> None:
+    tree = ast.parse(Path(modeling_regauge.__file__).read_text())
+    roots = {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    assert roots <= {"functools", "typing", "torch", "transformers"}
+
+
+def test_unknown_patches_are_errors() -> None:
+    with pytest.raises(ValueError, match="unknown replacement"):
+        apply_patches(nn.Sequential(nn.Linear(2, 2)), [{"path": "0", "module": "magic"}])
