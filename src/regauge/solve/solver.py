@@ -12,7 +12,8 @@ from regauge.facts import used_values
 from regauge.interpret import Walk
 from regauge.solve.blind import Blind
 from regauge.solve.diagonal import Diagonal
-from regauge.solve.groups import Forest, Groups, Key
+from regauge.solve.forest import Forest, Key
+from regauge.solve.groups import Groups
 from regauge.solve.layout import Block, Layout, Occurrence
 from regauge.solve.null import null_generators
 from regauge.solve.scales import diagonals
