@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from regauge.facts import Concat, Contract, Fact, Law, Pointwise, Reduce, Remap, Stop, Value
-from regauge.solve.blind import CONVOLUTIONS, UNEVEN, Blind, shows, sources
+from regauge.solve.blind import Blind
 from regauge.solve.flow import Flow, Reading, inverse
 from regauge.solve.layout import Block, Occurrence, OccurrenceMap
+from regauge.solve.reads import CONVOLUTIONS, UNEVEN, shows, sources
 
 MEET = "two parts of the shift meet"
 SLOT = "needs a bias slot"

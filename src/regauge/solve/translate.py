@@ -14,7 +14,8 @@ from typing import Any
 
 from regauge.atlas import Action, Generator, Kind, Limit, Space, Through
 from regauge.facts import Law, Pointwise, Value
-from regauge.solve.blind import ALL, Blind
+from regauge.solve.blind import Blind
+from regauge.solve.family import ALL
 from regauge.solve.flow import Flow
 from regauge.solve.follow import SLOT, Failure, Follower, Path
 from regauge.solve.layout import Block
