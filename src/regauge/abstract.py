@@ -12,9 +12,11 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from regauge.align import Group
 from regauge.atlas import Refusal
+from regauge.atoms import Atom, Axis, Conflict, total
 from regauge.facts import Concat, Fact, Facts, Law, Link, Pointwise, Remap, Stop, Value
-from regauge.structure import Atom, Axis, Conflict, Group, Structure, total
+from regauge.structure import Structure
 from regauge.trace import Trace, module_path
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from regauge.abstract import Abstract
 from regauge.atlas import Refusal
+from regauge.atoms import Axis, total
 from regauge.errors import RegaugeError
 from regauge.facts import Center, Contract, Law, Normalise, Reduce, Stop, Value
-from regauge.structure import Axis, total
 
 
 class Walk(Abstract):
