@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from regauge.act import ActStep, AddStep, CenterStep, FillStep, act, apply_generator
+from regauge.act import act, apply_generator
 from regauge.atlas import Action, Atlas, Factor, Generator, Kind, Part, Through
 from regauge.elements import (
     Element,
@@ -25,6 +25,7 @@ from regauge.elements import (
 )
 from regauge.errors import RegaugeError
 from regauge.plan import Step
+from regauge.steps import ActStep, AddStep, CenterStep, FillStep
 
 GOLDEN = Path(__file__).parent / "data" / "hadamard_golden.pt"
 DIAGONALS = ("sign", "positive", "scale")

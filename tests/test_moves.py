@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from regauge.act import ActStep
 from regauge.errors import Refused
 from regauge.moves import MOVES
+from regauge.steps import ActStep
 from zoo import NAMES, Moved, atlas, carry_out, distance, folded, move, original, specimen, weights
 
 SAME = 1e-10

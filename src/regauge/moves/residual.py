@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from regauge.act import CenterStep
 from regauge.atlas import Kind
 from regauge.errors import Refused
 from regauge.moves.base import Builder, Change, Move, Option, Preserves, Scene, State, describe, widest
+from regauge.steps import CenterStep
 
 
 def plan_center(scene: Scene, options: Mapping[str, Any]) -> Change:
