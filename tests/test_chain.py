@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from regauge.act import ActStep, AddStep, CenterStep, FillStep
 from regauge.atlas import Action, Factor, Kind, Part
 from regauge.chain import Chain, Take
 from regauge.elements import random_element
 from regauge.plan import Step
+from regauge.steps import ActStep, AddStep, CenterStep, FillStep
 
 SHAPE = (24, 30)
 ROWS = Part(0, (Factor("head", 3, 8), Factor("pair", 2, 4), Factor("unit", 4, 1)))

@@ -293,8 +293,8 @@ def test_a_failed_certificate_ends_with_one_and_leaves_nothing(
 ) -> None:
     """A move that is wrong: one norm scale of the result is not what the plan says."""
     import regauge.moves as registry
-    from regauge.act import AddStep
     from regauge.moves import Change, Move, Preserves
+    from regauge.steps import AddStep
 
     step = AddStep(torch.full((HIDDEN,), 0.01, dtype=torch.float64))
     wrong = Move(

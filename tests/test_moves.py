@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from regauge.act import ActStep
 from regauge.errors import Refused
 from regauge.moves import MOVES
+from regauge.steps import ActStep
 from zoo import NAMES, Moved, atlas, carry_out, distance, folded, move, original, specimen, weights
 
 SAME = 1e-10
 
-ONCE = ("untie", "fold-shifts", "fold-scales", "fold-value-bias", "drop-key-bias", "center")
+FOLDS = ("fold-shifts", "fold-scales", "fold-value-bias", "drop-key-bias")
+ONCE = ("untie", "add-bias", *FOLDS, "center", "strip")
 """Moves to a normal form: doing them again changes nothing."""
 RANDOM = ("rotate", "permute")
 """Moves that draw: another seed gives another result."""

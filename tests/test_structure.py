@@ -8,7 +8,9 @@ from math import prod
 
 import pytest
 
-from regauge.structure import Atom, Axis, Conflict, Structure, align, total
+from regauge.align import align
+from regauge.atoms import Atom, Axis, Conflict, total
+from regauge.structure import Structure
 
 
 def fresh() -> tuple[Structure, list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from regauge.certify import Certificate, certify_modules
 from regauge.discover import Gauge, discover
 from regauge.errors import BadInput, NotEquivalent
 from regauge.hf import load_config, model_class_of
-from regauge.modeling_regauge import apply_patches
+from regauge.modeling_regauge import HOOKS
+from regauge.patches import restructured
 from regauge.plan import Rewrite
 from regauge.planner import make_plan
 from regauge.recipe import Recipe, parse_recipe
@@ -99,17 +99,18 @@ def rewrite_module(
         return value
 
     def retrace(so_far: Rewrite) -> Gauge:
-        return Gauge(trace(_structure(model, so_far, state), args, kwargs, outputs=outputs))
+        return Gauge(trace(restructured(model, so_far.copies, so_far.patches), args, kwargs, outputs=outputs))
 
     plan, _, _ = make_plan(
         Gauge(traced), recipe, seed, lambda so_far: lambda name: read(so_far, name), retrace=retrace
     )
-    changed = _structure(model, plan, state)
+    changed = restructured(model, plan.copies, plan.patches)
     with torch.no_grad():
         held = dict(changed.named_parameters(remove_duplicate=False)) | dict(changed.named_buffers())
-        for name in dict.fromkeys((*plan.steps, *plan.made)):
-            if name not in plan.drops:
-                held[name].copy_(read(plan, name).to(held[name].dtype))
+        replaced = tuple(f"{patch['path']}." for patch in plan.patches if patch["module"] not in HOOKS)
+        for name, parameter in held.items():
+            if name in plan.steps or name in plan.made or name.startswith(replaced):
+                parameter.copy_(read(plan, name).to(parameter.dtype))
     certificate = certify_modules(
         model,
         changed,
@@ -122,20 +123,6 @@ def rewrite_module(
     if not certificate.passed:
         raise NotEquivalent(f"the certificate failed: {certificate.reason}", found=str(certificate.verdict))
     return changed, certificate
-
-
-def _structure(model: nn.Module, plan: Rewrite, state: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A deep copy with the structure of the plan, untied and patched; values as in ``state``."""
-    changed = copy.deepcopy(model)
-    for name in plan.copies:
-        owner, _, leaf = name.rpartition(".")
-        setattr(changed.get_submodule(owner), leaf, nn.Parameter(state[name].clone()))
-    apply_patches(changed, plan.patches)
-    with torch.no_grad():
-        for name, parameter in changed.named_parameters():
-            if name in state and parameter.shape == state[name].shape:
-                parameter.copy_(state[name])
-    return changed
 
 
 def load(directory: str | Path, **options: Any) -> Any:

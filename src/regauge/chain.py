@@ -14,9 +14,9 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from regauge.act import ActStep
 from regauge.errors import RegaugeError
 from regauge.plan import Step
+from regauge.steps import ActStep
 
 
 @runtime_checkable

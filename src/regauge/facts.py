@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from regauge.structure import Atom, Axis, total
+from regauge.atoms import Atom, Axis, total
 
 
 class Law(StrEnum):

@@ -13,9 +13,9 @@ import torch
 from torch import fx
 
 from regauge.abstract import Selection, op_name
+from regauge.atoms import Conflict
 from regauge.errors import RegaugeError, TraceError
 from regauge.facts import Stop, Value
-from regauge.structure import Conflict
 from regauge.trace import Trace, role
 from regauge.walk import Walk
 

@@ -7,15 +7,16 @@ must be one normalisation or one linear map whose parameters are the module's ow
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from regauge.errors import Refused
 from regauge.interpret import op_name
-from regauge.modeling_regauge import HOOKS
+from regauge.modeling_regauge import HOOKS, apply_patches
 from regauge.trace import Trace, module_path
 
 Patch = Mapping[str, Any]
@@ -94,6 +95,16 @@ _ARGUMENTS = {
     "aten.layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"),
     "aten.rms_norm": ("input", "normalized_shape", "weight", "eps"),
 }
+
+
+def restructured(model: nn.Module, copies: Iterable[str], patches: Sequence[Patch]) -> nn.Module:
+    """A deep copy of a model with a parameter of its own under each name of ``copies``, and patched."""
+    changed = copy.deepcopy(model)
+    for name in copies:
+        owner, _, leaf = name.rpartition(".")
+        held = changed.get_submodule(owner)
+        setattr(held, leaf, nn.Parameter(getattr(held, leaf).detach().clone()))
+    return apply_patches(changed, patches)
 
 
 def _norm(trace: Trace, path: str, nodes: list[fx.Node]) -> Replaceable | None:

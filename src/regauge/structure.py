@@ -1,57 +1,12 @@
-"""Index structure of axes: atoms, refined by products and sums, unified by operations.
-
-An axis is a list of atoms, outermost first; its positions are the product of their index sets. An
-atom may later turn out to be a *product* of atoms (a view splits heads from width) or a *sum* of
-segments (a slice or a concatenation: q | k | v); the definition then holds everywhere the atom
-occurs, before and after. Two atoms become one when an operation aligns them index by index.
-
-*Data* atoms stand for axes that no parameter change may touch (batch, positions, vocabulary rows
-selected by the input). They carry a size and nothing else. Sizes never decide identity.
-"""
+"""Index structure of axes: atoms, refined by products and sums, unified by operations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from math import prod
-from typing import TypeAlias
 
-
-class Atom:
-    """An index set. ``items`` is None, or the factors of a product, or the segments of a sum."""
-
-    __slots__ = ("data", "factors", "id", "parent", "segments", "size")
-
-    def __init__(self, id: int, size: int, data: bool) -> None:
-        self.id = id
-        self.size = size
-        self.data = data
-        self.parent: Atom | None = None
-        self.factors: list[Atom] | None = None
-        self.segments: list[list[Atom]] | None = None
-
-    def __repr__(self) -> str:
-        return f"{'~' if self.data else 'a'}{self.id}:{self.size}"
-
-
-Axis: TypeAlias = "list[Atom]"
-
-
-class Conflict(Exception):
-    """Two index structures that cannot be refined to a common one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A leaf part of an axis: ``offset + sum i_f * stride_f``; factors outermost first."""
-
-    offset: int
-    factors: tuple[tuple[Atom, int], ...]
-
-
-def total(axis: Sequence[Atom]) -> int:
-    return prod(atom.size for atom in axis)
+from regauge.align import Group, align
+from regauge.atoms import Atom, Axis, Conflict, Piece, total
 
 
 class Structure:
@@ -339,34 +294,3 @@ class Structure:
             rest, out[j] = self.split_axis(rest, shape[j])
         if total(rest) != 1:
             raise Conflict("sizes do not match")
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Axes of a reshape's input and output that hold the same positions."""
-
-    source: tuple[int, ...]
-    target: tuple[int, ...]
-
-
-def align(sizes: Sequence[int], shape: Sequence[int]) -> list[Group]:
-    """Smallest groups of consecutive axes with equal products; axes of size one belong to none."""
-    left = [i for i, n in enumerate(sizes) if n != 1]
-    right = [j for j, n in enumerate(shape) if n != 1]
-    groups: list[Group] = []
-    i = j = 0
-    while i < len(left) and j < len(right):
-        a, b = [left[i]], [right[j]]
-        p, q = sizes[left[i]], shape[right[j]]
-        i, j = i + 1, j + 1
-        while p != q:
-            if p < q:
-                a.append(left[i])
-                p *= sizes[left[i]]
-                i += 1
-            else:
-                b.append(right[j])
-                q *= shape[right[j]]
-                j += 1
-        groups.append(Group(tuple(a), tuple(b)))
-    return groups

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from regauge.abstract import Abstract
+from regauge.arrange import Arrange
 from regauge.atlas import Refusal
+from regauge.atoms import Axis, total
 from regauge.errors import RegaugeError
 from regauge.facts import Center, Contract, Law, Normalise, Reduce, Stop, Value
-from regauge.structure import Axis, total
 
 
-class Walk(Abstract):
-    """State of one walk over a graph: entrywise functions and rearrangements from :class:`Abstract`,
+class Walk(Arrange):
+    """State of one walk over a graph: entrywise functions and rearrangements from :class:`Arrange`,
     sums and products here.
 
     Attributes:
@@ -40,7 +40,7 @@ class Walk(Abstract):
             for letter, axis in zip(labels, value.axes, strict=True):
                 if total(axis) != sizes[letter] or not axis:
                     continue
-                axes[letter] = self._align(axes[letter], axis) if letter in axes else axis
+                axes[letter] = self.align(axes[letter], axis) if letter in axes else axis
         for j, letter in enumerate(la):
             if total(a.axes[j]) != sizes[letter] and letter not in lo:
                 raise RegaugeError("a contracted axis is broadcast", node=self.name)
@@ -145,7 +145,7 @@ class Walk(Abstract):
     def product(self, a: Value, b: Value, exponents: tuple[float, float] = (1.0, 1.0)) -> Value:
         if a.given and b.given:
             return self.pointwise([a, b], Law.PRODUCT, exponents)
-        a, b = self._broadcast([a, b])
+        a, b = self.broadcast([a, b])
         summable = exponents == (1.0, 1.0) and not a.given and not b.given
         out = self.pointwise([a, b], Law.PRODUCT, exponents, defer=summable)
         if summable:
@@ -180,7 +180,7 @@ class Walk(Abstract):
     def stop(self, value: Value, reason: str, axes: Sequence[int] | None = None) -> None:
         """Nothing passes along the given axes, or anywhere."""
         if not value.given:
-            self._materialise(value)
+            self.materialise(value)
             self.record(Stop(*self.where, value, reason, None if axes is None else tuple(axes)))
             if value.range_of is not None and axes is None:
                 source, axis = value.range_of

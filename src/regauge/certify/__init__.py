@@ -5,7 +5,7 @@ measures, :func:`judge` decides, :mod:`regauge.certify.run` executes a traced gr
 """
 
 from regauge.certify.certificate import Certificate, Inputs, Subject, render, schema
-from regauge.certify.compare import StoredWeights, certify, certify_modules
+from regauge.certify.compare import certify, certify_modules
 from regauge.certify.lazy import Weights
 from regauge.certify.measure import (
     Figures,
@@ -16,6 +16,7 @@ from regauge.certify.measure import (
     compare_functions,
     judge,
 )
+from regauge.certify.sides import StoredWeights
 
 __all__ = [
     "Certificate",

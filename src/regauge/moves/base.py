@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from regauge.act import ActStep
 from regauge.atlas import Atlas, Generator, Kind, Space
 from regauge.discover import Gauge
 from regauge.elements import Element, residual
 from regauge.errors import Refused
 from regauge.plan import Made, Step
+from regauge.steps import ActStep
 from regauge.trace import Trace, untie
 
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from regauge.act import ActStep, AddStep, FillStep, read_block
+from regauge.act import read_block
 from regauge.atlas import Action, Generator, Kind
 from regauge.elements import Diagonal
 from regauge.errors import Refused
 from regauge.moves.base import Builder, Change, Move, Option, Preserves, Scene, State
 from regauge.plan import Step
 from regauge.shift import apply_shift, source_shift
+from regauge.steps import ActStep, AddStep, FillStep
 
 
 def plan_fold_scales(scene: Scene, options: Mapping[str, Any]) -> Change:

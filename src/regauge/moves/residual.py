@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from regauge.act import CenterStep
 from regauge.atlas import Kind
 from regauge.errors import Refused
+from regauge.interpret import op_name
 from regauge.moves.base import Builder, Change, Move, Option, Preserves, Scene, State, describe, widest
 from regauge.moves.structure import rms_patch
 from regauge.patches import Patch, owners
+from regauge.steps import CenterStep
+from regauge.trace import module_path
 
 
 def plan_center(scene: Scene, options: Mapping[str, Any]) -> Change:
@@ -38,7 +40,15 @@ def plan_center(scene: Scene, options: Mapping[str, Any]) -> Change:
         paths, nodes = scene.gauge.zero_mean_norms(centred, untied=scene.state.untied)
         entries: list[Patch] = [{"path": path, "module": "center-input"} for path in paths]
         if not nodes:
-            raise Refused("no LayerNorm here has an input of mean zero, even when centred")
+            norm = next((n for n in scene.trace.graph.nodes if op_name(n) == "aten.layer_norm"), None)
+            raise Refused(
+                "no LayerNorm here can become an RMSNorm: what it reads does not have mean zero",
+                node=None if norm is None else f"{norm.name} in {module_path(norm) or 'the model'}",
+                found="its input is read by something that sees the mean, as where a norm follows the sum and its"
+                " output is added again (post-norm)"
+                if norm is not None
+                else "no operation here is a LayerNorm",
+            )
         return builder.change(patches=(*entries, *map(rms_patch, owners(scene.trace, nodes).values())))
     return builder.change()
 

@@ -51,7 +51,11 @@ def plan_add_bias(scene: Scene, options: Mapping[str, Any]) -> Change:
             patches.append({**module.patch, "bias": True})
             made[f"{module.path}.bias"] = Made((module.patch["outputs"],), module.weight)
     if not patches:
-        raise Refused("every linear map has a bias already, or is not a module of its own")
+        raise Refused(
+            "every linear map has a bias already, or is not a module of its own",
+            expected="a module that is one linear map without a bias, whose weight is not shared",
+            found="none",
+        )
     return Change(made=made, patches=tuple(patches))
 
 

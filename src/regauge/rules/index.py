@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from regauge.atoms import total
 from regauge.facts import AlignPermutation, Law, Link, Reduce, Remap, Value
 from regauge.interpret import Selection, Walk, op_name
 from regauge.rules.table import Table
-from regauge.structure import total
 
 RULES = Table()
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from regauge.atoms import Axis
 from regauge.facts import Law, Link, Value
 from regauge.interpret import Walk
 from regauge.rules.table import Table
-from regauge.structure import Axis
 
 RULES = Table()
 

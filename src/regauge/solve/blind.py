@@ -29,57 +29,21 @@ from regauge.facts import (
     Value,
 )
 from regauge.interpret import Walk
+from regauge.solve.balance import balanced
+from regauge.solve.family import ALL, NOTHING, SPREAD, Family, least, meet, through
 from regauge.solve.layout import Block, Layout
+from regauge.solve.reads import (
+    CONVOLUTIONS,
+    MASKING,
+    PLAIN_SUMS,
+    UNEVEN,
+    defined_everywhere,
+    shows,
+    sources,
+)
 
-Back = Callable[[int], "tuple[int, ...] | None"]
-Family = frozenset[frozenset[int]]
-"""Minimal sets of axes; a change constant along all axes of one of them is invisible."""
-
-NOTHING: Family = frozenset()
-ALL: Family = frozenset({frozenset[int]()})
-SPREAD = -1
-"""In a convolution, whose positions the facts leave out: "and the same at every position"."""
-
-LIMIT = 6
-CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution", "aten.conv_transpose1d",
-                "aten.conv_transpose2d", "aten.conv_transpose3d")  # fmt: skip
-MASKING = ("aten.masked_fill", "aten.masked_fill_", "aten.where")
-"""Operations whose SHIFT replaces entries instead of adding to them."""
 LOW = -1e8
 """exp of a score below this is zero."""
-UNEVEN = ("aten.pad", "aten.constant_pad_nd", "aten.reflection_pad1d", "aten.reflection_pad2d",
-          "aten.reflection_pad3d", "aten.replication_pad1d", "aten.replication_pad2d",
-          "aten.replication_pad3d", "aten.im2col")  # fmt: skip
-"""Rearrangements that do not keep a tensor constant along the (data) axes they touch."""
-PLAIN_SUMS = ("aten.sum", "aten.mean", "aten.var_mean", "aten.std_mean", "aten.avg_pool1d",
-              "aten.avg_pool2d", "aten.adaptive_avg_pool1d", "aten.adaptive_avg_pool2d",
-              "aten._adaptive_avg_pool2d")  # fmt: skip
-"""Reductions whose weights do not vary along the axes they keep."""
-
-
-PARTIAL = ("aten.log", "aten.log2", "aten.log10", "aten.log1p", "aten.logit", "aten.acos", "aten.arccos",
-           "aten.asin", "aten.arcsin", "aten.acosh", "aten.atanh", "aten.erfinv", "aten.xlogy", "aten.pow",
-           "aten.lgamma", "aten.digamma")  # fmt: skip
-"""Functions without a value on a whole range of numbers: a change into it is not invisible."""
-
-
-def _defined_everywhere(fact: Pointwise, k: int) -> bool:
-    """Does the function keep a value under (almost) any change of its argument ``k``?"""
-    if fact.law is Law.POWER:
-        return fact.exponents[k] == int(fact.exponents[k])
-    return fact.op not in PARTIAL
-
-
-def meet(first: Family, second: Family) -> Family:
-    """What two readers both do not see."""
-    if first is second or first == ALL:
-        return second
-    if second == ALL:
-        return first
-    joined = {a | b for a in first for b in second}
-    least = [s for s in joined if not any(other < s for other in joined)]
-    least.sort(key=lambda s: (len(s), sorted(s)))
-    return frozenset(least[:LIMIT])
 
 
 class Blind:
@@ -101,11 +65,10 @@ class Blind:
                     self._facts_of[key] = self._facts_of.get(key, 0) + 1
         self._nodes: dict[str, fx.Node] = {node.name: node for node in walk.trace.graph.nodes}
         self._readers: dict[int, list[Fact]] = {}
-        self._balanced: dict[int, frozenset[int]] = {}
         for fact in walk.result.facts:
             for value in sources(fact):
                 self._readers.setdefault(value.id, []).append(fact)
-            self._balance(fact)
+        self._balanced = balanced(walk.result.facts, folded)
 
     def solve(self) -> Blind:
         for fact in reversed(self.walk.result.facts):
@@ -146,59 +109,6 @@ class Blind:
             found[block] = meet(found.get(block, ALL), family)
         self._see(value, found, NOTHING)
 
-    def _each(self, family: Family, value: Value, back: Back) -> Family:
-        """Map every set through ``back(axis) -> axes or None``; drop axes of size one."""
-        out: set[frozenset[int]] = set()
-        for axes in family:
-            moved: set[int] | None = set()
-            for axis in axes:
-                image = back(axis)
-                if image is None:
-                    moved = None
-                    break
-                moved |= {i for i in image if i == SPREAD or value.shape[i] != 1}
-            if moved is not None:
-                out.add(frozenset(moved))
-        return frozenset(s for s in out if not any(other < s for other in out))
-
-    # --- forward: sums that are zero -------------------------------------------------------------
-
-    def _balance(self, fact: Fact) -> None:
-        """Axes along which a value sums to zero: contracted there, it does not see a constant."""
-        found: set[int] = set()
-        if isinstance(fact, Center):
-            if len(fact.over) == 1:
-                found = set(fact.over)
-        elif isinstance(fact, Remap):
-            axes = self._balanced.get(fact.inp.id, frozenset())
-            for link in fact.links:
-                kept = len(link.dst) == 1 and fact.out.shape[link.dst[0]] == fact.inp.shape[link.src[0]]
-                if len(link.src) == 1 and link.src[0] in axes and kept and fact.op not in UNEVEN:
-                    found.add(link.dst[0])
-        elif isinstance(fact, Pointwise):
-            found = self._balance_pointwise(fact)
-        if found:
-            assert isinstance(fact, (Center, Remap, Pointwise))
-            self._balanced[fact.out.id] = frozenset(found)
-
-    def _balance_pointwise(self, fact: Pointwise) -> set[int]:
-        level = [
-            {j for j, i in enumerate(where) if i is not None and i in self._balanced.get(value.id, ())}
-            for value, where in zip(fact.ins, fact.maps, strict=True)
-        ]
-        if fact.law is Law.SUM and fact.op != "aten.where":
-            return set.intersection(*level)
-        if fact.law is not Law.PRODUCT:
-            return set()
-        live = [k for k, value in enumerate(fact.ins) if value.id not in self.folded]
-        return {
-            j
-            for k in live
-            if k < len(fact.exponents) and fact.exponents[k] == 1
-            for j in level[k]
-            if j not in fact.fixed and all(fact.maps[o][j] is None for o in live if o != k)
-        }
-
     # --- facts -----------------------------------------------------------------------------------
 
     def _visit(self, fact: Fact) -> None:
@@ -214,10 +124,10 @@ class Blind:
             self._concat(fact)
         elif isinstance(fact, Center):
             over = frozenset(i for i in fact.over if fact.inp.shape[i] != 1)
-            self._same_shape(fact.out, fact.inp, lambda family: _least({*family, over}))
+            self._same_shape(fact.out, fact.inp, lambda family: least({*family, over}))
         elif isinstance(fact, Normalise):
             over = frozenset({fact.axis} if fact.inp.shape[fact.axis] != 1 else ())
-            self._same_shape(fact.out, fact.inp, lambda family: _least({*(family & ALL), over}))
+            self._same_shape(fact.out, fact.inp, lambda family: least({*(family & ALL), over}))
         elif isinstance(fact, Rotary):
             self._same_shape(fact.out, fact.inp, lambda family: family & ALL)
         elif isinstance(fact, Stop):
@@ -259,12 +169,12 @@ class Blind:
             return plain(j)
 
         if fact.law is Law.SUM or (fact.law is Law.SHIFT and fact.op not in MASKING):
-            return self._each(family, value, plain)
+            return through(family, value, plain)
         if fact.law is Law.PRODUCT and k < len(fact.exponents) and fact.exponents[k] == 1:
-            return self._each(family, value, scaled)
+            return through(family, value, scaled)
         if k == 0 and fact.op in MASKING and self._masks_softmax(fact):
-            return self._each(family, value, plain)
-        return family & ALL if _defined_everywhere(fact, k) else NOTHING
+            return through(family, value, plain)
+        return family & ALL if defined_everywhere(fact, k) else NOTHING
 
     def _masks_softmax(self, fact: Pointwise) -> bool:
         """Entries are replaced by a number so low that the softmax, which alone reads them, gives zero
@@ -297,7 +207,7 @@ class Blind:
             if block is None:
                 self._nothing(fact.inp)
                 return
-            found[block] = meet(found.get(block, ALL), self._each(self.of(out), fact.inp, back))
+            found[block] = meet(found.get(block, ALL), through(self.of(out), fact.inp, back))
         missing = [block for block in self.layout.blocks(fact.inp) if block not in found]
         if any(shows(self.layout, fact, block) for block in missing):
             self._nothing(fact.inp)
@@ -320,8 +230,8 @@ class Blind:
             pairs: list[tuple[Block | None, Family]] = []
             for row in rows:
                 out = row[2]
-                family = NOTHING if out is None else self._each(self.of(out), value, back)
-                family = _least({*family, *cancels})
+                family = NOTHING if out is None else through(self.of(out), value, back)
+                family = least({*family, *cancels})
                 pairs.append((row[k], family & ALL if fact.a is fact.b else family))
             self._pull(value, pairs)
 
@@ -347,7 +257,7 @@ class Blind:
                     yield None, NOTHING
                     return
                 family = self.of(out)
-                yield block, self._each(family, fact.inp, back) if fact.law is Law.SUM else family & ALL
+                yield block, through(family, fact.inp, back) if fact.law is Law.SUM else family & ALL
 
         self._pull(fact.inp, pairs())
 
@@ -369,7 +279,7 @@ class Blind:
                 for value in fact.ins:
                     self._nothing(value)
                 return
-            family = self._each(self.of(out), block.value, across)
+            family = through(self.of(out), block.value, across)
             found[block.value.id].append((block, family))
         for value in dict.fromkeys(fact.ins):
             self._pull(value, found[value.id])
@@ -384,37 +294,3 @@ class Blind:
             seen = self._seen.get(block, ALL)
             if not fact.whole:
                 self._seen[block] = frozenset(s for s in seen if not s & axes)
-
-
-def sources(fact: Fact) -> tuple[Value, ...]:
-    """The values a fact reads."""
-    if isinstance(fact, (Pointwise, Concat)):
-        return tuple(dict.fromkeys(fact.ins))
-    if isinstance(fact, Contract):
-        return (fact.a,) if fact.a is fact.b else (fact.a, fact.b)
-    if isinstance(fact, (Remap, Reduce, Center, Normalise, Rotary)):
-        return (fact.inp,)
-    if isinstance(fact, AlignPermutation):
-        return (fact.b,)
-    if isinstance(fact, Stop):
-        return (fact.value,)
-    raise TypeError(f"unknown fact {type(fact).__name__}")
-
-
-def shows(layout: Layout, fact: Remap, block: Block) -> bool:
-    """Does the output of a rearrangement hold any entry of this block of its input?"""
-    for link in fact.links:
-        if len(link.src) != 1 or len(link.dst) != 1:
-            continue
-        axis = link.src[0]
-        length = fact.out.shape[link.dst[0]]
-        if length == fact.inp.shape[axis] or len(layout.pieces(fact.inp, axis)) == 1:
-            continue
-        position = block.offsets[axis] - link.start
-        if position % link.step or not 0 <= position < length * link.step:
-            return False
-    return True
-
-
-def _least(sets: Set[frozenset[int]]) -> Family:
-    return frozenset(s for s in sets if not any(other < s for other in sets))

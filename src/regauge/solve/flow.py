@@ -9,8 +9,8 @@ from torch import fx
 
 from regauge.facts import Fact, Law, Pointwise, Remap, Value
 from regauge.interpret import Walk
-from regauge.solve.blind import CONVOLUTIONS, UNEVEN, sources
 from regauge.solve.layout import Block, Layout, Occurrence, OccurrenceMap
+from regauge.solve.reads import CONVOLUTIONS, UNEVEN, sources
 
 Reading = tuple[int, Block | None]  # (number of the fact, block of its output where facts name one)
 

@@ -11,79 +11,18 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from regauge.facts import Concat, Contract, Fact, Law, Pointwise, Reduce, Remap, Stop, Value
-from regauge.solve.blind import CONVOLUTIONS, UNEVEN, Blind, shows, sources
-from regauge.solve.flow import Flow, Reading, inverse
+from regauge.solve.blind import Blind
+from regauge.solve.flow import Flow, inverse
 from regauge.solve.layout import Block, Occurrence, OccurrenceMap
+from regauge.solve.path import Failure, Form, LinearMap, Path
+from regauge.solve.reads import CONVOLUTIONS, UNEVEN, shows, sources
+from regauge.solve.slots import Slots
 
 MEET = "two parts of the shift meet"
 SLOT = "needs a bias slot"
-Images = tuple[tuple[Occurrence, Occurrence], ...]
-Taken = tuple[Block, Images, Fraction, "Block | None"]
-"""A slot, how its factors follow the shift's, the scale, and the linear map gone through."""
-
-
-@dataclass(frozen=True, eq=False)
-class LinearMap:
-    """The block of a parameter that a shift went through, contracted along one of its axes."""
-
-    block: Block
-    axis: int
-    result: int
-    fact: Contract
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a block changes: by ``scale`` times the shift (or its image), constant along all else.
-
-    ``images``: occurrence in the shift's block (or in that of the linear map) -> occurrence here.
-    """
-
-    images: Images
-    scale: Fraction
-    map: LinearMap | None = None
-
-    def moved(self, mapping: OccurrenceMap, factor: Fraction = Fraction(1)) -> Form | None:
-        """The same change seen through a map of occurrences; None if one of its factors is lost."""
-        if any(here not in mapping or mapping[here][1] != here[1] for _, here in self.images):
-            return None
-        images = tuple((source, mapping[here]) for source, here in self.images)
-        return replace(self, images=images, scale=self.scale * factor)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Where a shift was stopped; ``slot`` if a bias there would have taken it back."""
-
-    fact: Fact
-    reason: str
-    slot: bool = False
-
-
-@dataclass(frozen=True)
-class Summand:
-    """The k-th input of a sum, at one block of its output."""
-
-    fact: Pointwise
-    k: int
-    block: Block | None
-    mapping: OccurrenceMap
-
-
-@dataclass
-class Path:
-    """State of following one shift."""
-
-    source: Block
-    forms: dict[Block, Form] = field(default_factory=dict)
-    queue: list[int] = field(default_factory=list)
-    absorbed: dict[Taken, list[Reading]] = field(default_factory=dict)
-    maps: dict[Taken, LinearMap | None] = field(default_factory=dict)
-    failures: list[Failure] = field(default_factory=list)
 
 
 class Follower:
@@ -93,7 +32,7 @@ class Follower:
         self.flow = flow
         self.layout = flow.layout
         self.blind = blind
-        self.usable = {value.id for value in usable}
+        self.slots = Slots(flow, usable)
 
     def follow(self, source: Block) -> Path:
         path = Path(source)
@@ -135,7 +74,7 @@ class Follower:
         self._put(path, out, moved, fact)
 
     def _put(self, path: Path, block: Block, form: Form, fact: Fact | None) -> None:
-        if self._invisible(block, form) and not self._slot_ahead(block):
+        if self._invisible(block, form) and not self.slots.ahead(block):
             return
         path.forms[block] = form
         readers = self.flow.consumers.get(block.value.id)
@@ -150,21 +89,6 @@ class Follower:
             not axes & held and all(len(self.layout.pieces(block.value, axis)) == 1 for axis in axes)
             for axes in self.blind.of(block)
         )
-
-    def _slot_ahead(self, block: Block) -> bool:
-        """The only reader adds a bias: it may take back even what nobody would see."""
-        readings = self.flow.readings(block)
-        if len(readings) != 1 or readings[0][1] is None:
-            return False
-        number, out = readings[0]
-        fact = self.flow.facts[number]
-        if not isinstance(fact, Pointwise):
-            return False
-        for row, ins in self.layout.pointwise(fact):
-            if row is out:
-                others = [b for b, _ in ins if b is not None and b is not block]
-                return any(self.flow.parameter(b) is not None for b in others)
-        return False
 
     def _visit(self, path: Path, number: int) -> None:
         fact = self.flow.facts[number]
@@ -225,7 +149,7 @@ class Follower:
                 self._fail(path, fact, form, f"{_name(fact)} takes no shift")
                 continue
             moved = form.moved(mapping, factor)
-            if moved is None or not self._slot(path, number, fact, out, ins, hits[0], moved):
+            if moved is None or not self.slots.take_back(path, number, fact, out, ins, hits[0], moved):
                 self._pass(path, fact, out, form, mapping, factor)
 
     def _factor(self, fact: Pointwise, k: int) -> Fraction | None:
@@ -234,59 +158,6 @@ class Follower:
             plain = not rest and not fact.fixed and fact.exponents[k] == 1
             return Fraction(1) if plain and len(fact.ins) > 1 else None
         return self.flow.coefficient(fact, k)
-
-    def _slot(
-        self,
-        path: Path,
-        number: int,
-        fact: Pointwise,
-        out: Block,
-        ins: list[tuple[Block | None, OccurrenceMap]],
-        hit: int,
-        form: Form,
-    ) -> bool:
-        """Let a bias among the other summands, or in how they were made, take the shift back."""
-        others = [k for k in range(len(ins)) if k != hit and fact.law is not Law.PRODUCT]
-        for direct in (True, False):
-            for k in others:
-                summand = Summand(fact, k, *ins[k])
-                if self._absorb(path, summand, form, (number, out), direct):
-                    return True
-        return False
-
-    def _absorb(self, path: Path, summand: Summand, form: Form, event: Reading, direct: bool) -> bool:
-        block = summand.block
-        if block is None:
-            return False
-        factor = self.flow.coefficient(summand.fact, summand.k)
-        back = inverse(summand.mapping)
-        if not factor or back is None:
-            return False
-        own = form.moved(back, 1 / factor)
-        if own is None:
-            return False
-        found = self.flow.parameter(block)
-        if direct or found is not None:
-            return direct and found is not None and self._take(path, *found, own, event)
-        while (step := self.flow.source(block)) is not None:
-            if len(self.flow.readings(block)) != 1 or (own := own.moved(step[2])) is None:
-                return False
-            block = step[1]
-        made = self.flow.made_by_sum(block.value)
-        if made is None or len(self.flow.readings(block)) != 1:
-            return False
-        inner, maker = made
-        ins = next(row for out, row in self.layout.pointwise(maker) if out is block)
-        return self._slot(path, inner, maker, block, ins, -1, own)
-
-    def _take(self, path: Path, slot: Block, mapping: OccurrenceMap, form: Form, event: Reading) -> bool:
-        own = form.moved(mapping)
-        if own is None or slot is path.source or slot.value.id not in self.usable or slot.repeated:
-            return False
-        key = (slot, own.images, own.scale, None if own.map is None else own.map.block)
-        path.absorbed.setdefault(key, []).append(event)
-        path.maps[key] = own.map
-        return True
 
     def _contract(self, path: Path, fact: Contract) -> None:
         for a, out, b, free_a, free_b, pairs in self.layout.contract(fact):

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from itertools import product
 
+from regauge.atoms import Atom, Piece, total
 from regauge.facts import Concat, Contract, Facts, Pointwise, Remap, Value
 from regauge.interpret import Selection
-from regauge.structure import Atom, Piece, Structure, total
+from regauge.structure import Structure
 
 Occurrence = tuple[int, int]  # (axis, atom id)
 OccurrenceMap = dict[Occurrence, Occurrence]

@@ -15,7 +15,8 @@ from typing import Any
 
 from regauge.atlas import Action, Factor, Generator, Kind, Part
 from regauge.facts import Value
-from regauge.solve.blind import ALL, NOTHING, Blind, Family, meet
+from regauge.solve.blind import Blind
+from regauge.solve.family import ALL, NOTHING, Family, meet
 from regauge.solve.layout import Block, unread_blocks
 
 NOWHERE = "whole tensors"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from regauge.atlas import Action, Generator, Kind
 from regauge.solve.diagonal import Diagonal, Unknown
-from regauge.solve.groups import Key
+from regauge.solve.forest import Key
 from regauge.solve.layout import Block, Occurrence
 from regauge.solve.quotient import Quotient, Vector
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 
-from regauge.atlas import Action, Atlas, Factor, Generator, Kind, Part
+from regauge.atlas import Action, Atlas, Factor, Generator, Kind, Part, Refusal
 from regauge.facts import used_values
 from regauge.interpret import Walk
 from regauge.solve.blind import Blind
 from regauge.solve.diagonal import Diagonal
-from regauge.solve.groups import Forest, Groups, Key
+from regauge.solve.forest import Forest, Key
+from regauge.solve.groups import Groups
 from regauge.solve.layout import Block, Layout, Occurrence
 from regauge.solve.null import null_generators
 from regauge.solve.scales import diagonals
@@ -81,13 +82,15 @@ class Solver:
         generators += null_generators(self, spaces, blind)
         moved, stopped = translations(self, spaces, blind)
         generators += moved
+        unclear = [g for g in generators if not _clear(g)]
+        generators = [g for g in generators if _clear(g)]
         ordered = tuple(
             replace(g, id=f"g{i}") for i, g in enumerate(sorted(generators, key=self._sort_key(spaces)))
         )
         return Atlas(
             spaces=with_limits(describe(self, spaces, ordered), stopped),
             generators=ordered,
-            refusals=tuple(dict.fromkeys(self.walk.refusals)),
+            refusals=tuple(dict.fromkeys((*self.walk.refusals, *map(_unclear, unclear)))),
             aliases=tuple((name, group) for name, group in trace.aliases.items() if len(group) > 1),
             shapes=tuple(
                 (alias, shape) for name, shape in trace.shapes.items() for alias in trace.aliases[name]
@@ -208,3 +211,20 @@ class Solver:
             tuple(actions),
             spaces.of(members[0]),
         )
+
+
+def _clear(generator: Generator) -> bool:
+    """Every action of a group says without doubt which copy an entry belongs to."""
+    if generator.kind in (Kind.TRANSLATION, Kind.NULL):
+        return True
+    for action in generator.actions:
+        names = [factor.name for part in action.parts for factor in part.factors]
+        if any(names.count(name) != 1 for name, _ in generator.copies):
+            return False
+    return True
+
+
+def _unclear(generator: Generator) -> Refusal:
+    action = generator.actions[0]
+    reason = f"the {generator.kind} on {generator.acting} is left out: an index of its copies is on two axes"
+    return Refusal(action.parameter, action.parameter.rpartition(".")[0], reason)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from regauge.atlas import Generator, Kind, Limit, Space
 from regauge.facts import Fact
-from regauge.solve.groups import Blame, Groups, Key
+from regauge.solve.forest import Blame, Key
+from regauge.solve.groups import Groups
 from regauge.solve.layout import Block, Occurrence
 
 if TYPE_CHECKING:

@@ -14,11 +14,13 @@ from typing import Any
 
 from regauge.atlas import Action, Generator, Kind, Limit, Space, Through
 from regauge.facts import Law, Pointwise, Value
-from regauge.solve.blind import ALL, Blind
+from regauge.solve.blind import Blind
+from regauge.solve.family import ALL
 from regauge.solve.flow import Flow
-from regauge.solve.follow import SLOT, Failure, Follower, Path
+from regauge.solve.follow import SLOT, Follower
 from regauge.solve.layout import Block
 from regauge.solve.null import parameters, stand_ins
+from regauge.solve.path import Failure, Path
 
 
 def translations(solver: Any, spaces: Any, blind: Blind) -> tuple[list[Generator], dict[str, list[Limit]]]:
