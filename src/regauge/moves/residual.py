@@ -44,8 +44,8 @@ def plan_center(scene: Scene, options: Mapping[str, Any]) -> Change:
             raise Refused(
                 "no LayerNorm here can become an RMSNorm: what it reads does not have mean zero",
                 node=None if norm is None else f"{norm.name} in {module_path(norm) or 'the model'}",
-                found="its input is read by something that sees the mean, as where a norm follows the sum and its"
-                " output is added again (post-norm)"
+                found="something that sees the mean reads the same, as where the output of a norm is added"
+                " to the stream again (post-norm)"
                 if norm is not None
                 else "no operation here is a LayerNorm",
             )
