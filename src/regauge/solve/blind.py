@@ -32,15 +32,7 @@ from regauge.interpret import Walk
 from regauge.solve.balance import balanced
 from regauge.solve.family import ALL, NOTHING, SPREAD, Family, least, meet, through
 from regauge.solve.layout import Block, Layout
-from regauge.solve.reads import (
-    CONVOLUTIONS,
-    MASKING,
-    PLAIN_SUMS,
-    UNEVEN,
-    defined_everywhere,
-    shows,
-    sources,
-)
+from regauge.solve.reads import CONVOLUTIONS, MASKING, PLAIN_SUMS, UNEVEN, defined_everywhere, shows, sources
 
 LOW = -1e8
 """exp of a score below this is zero."""
