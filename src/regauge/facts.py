@@ -101,12 +101,16 @@ class Pointwise(Fact):
 
 @dataclass(slots=True)
 class Link:
-    """Positions of ``dst`` axes of the output are positions ``start + step * i`` of ``src`` axes."""
+    """Positions of ``dst`` axes of the output are positions ``start + step * i`` of ``src`` axes.
+
+    If it ``picks``, they are positions that an index names: any number of times each, in any order.
+    """
 
     src: tuple[int, ...]
     dst: tuple[int, ...]
     start: int = 0
     step: int = 1
+    picks: bool = False
 
 
 @dataclass(slots=True)

@@ -48,7 +48,7 @@ def _lookup(walk: Walk, x: Value, axis: int, index: Value, shape: tuple[int, ...
     walk.use(x)
     out = walk.value(axes)
     if index.range_of is not None:
-        links.append(Link((axis,), tuple(range(axis, axis + index.rank))))
+        links.append(Link((axis,), tuple(range(axis, axis + index.rank)), picks=True))
     walk.record(Remap(*walk.where, out, x, tuple(links)))
     return out
 

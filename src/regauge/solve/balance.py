@@ -28,7 +28,7 @@ def _axes(fact: Fact, known: Mapping[int, frozenset[int]], folded: Set[int]) -> 
         axes = known.get(fact.inp.id, frozenset())
         for link in fact.links:
             kept = len(link.dst) == 1 and fact.out.shape[link.dst[0]] == fact.inp.shape[link.src[0]]
-            if len(link.src) == 1 and link.src[0] in axes and kept and fact.op not in UNEVEN:
+            if len(link.src) == 1 and link.src[0] in axes and kept and not (link.picks or fact.op in UNEVEN):
                 found.add(link.dst[0])
     elif isinstance(fact, Pointwise):
         found = _pointwise(fact, known, folded)

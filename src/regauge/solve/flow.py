@@ -114,7 +114,7 @@ class Flow:
             return None
         for link in fact.links:
             whole = len(link.dst) == 1 and fact.out.shape[link.dst[0]] == fact.inp.shape[axis]
-            if link.src == (axis,) and whole and link.start == 0 and link.step == 1:
+            if link.src == (axis,) and whole and link.start == 0 and link.step == 1 and not link.picks:
                 return link.dst[0]
         return None
 

@@ -44,6 +44,7 @@ def zero_mean_inputs(
                 for link in fact.links
                 if len(link.src) == 1 == len(link.dst)
                 and link.src[0] in held
+                and not link.picks
                 and _whole(fact, link.src[0], link.dst[0])
             )
             zero[fact.out.id] = frozenset(kept)
