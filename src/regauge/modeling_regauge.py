@@ -106,7 +106,70 @@ class Linear(nn.Module):
         return f"{tuple(self.weight.shape)}, bias={self.bias is not None}, transposed={self.transposed}"
 
 
-MODULES: dict[str, Any] = {"norm": Norm, "linear": Linear}
+class Convolution(nn.Module):
+    """y = x ∗ W + b over one, two or three axes of positions, zeros around x; W: [out, in / groups, …]."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: list[int],
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        groups: int,
+        bias: bool,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        shape = (outputs, inputs // groups, *kernel)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(outputs, device=device, dtype=dtype)) if bias else None
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[self.weight.dim() - 3]
+        return convolve(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, stride={self.stride}, padding={self.padding}"
+
+
+class Affine(nn.Module):
+    """y[n, c, …] = g[c] · x[n, c, …] + b[c]; g or b may be absent. ``positions``: axes after the channels."""
+
+    def __init__(
+        self, size: int, positions: int, weight: bool, bias: bool, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        self.shape = (size, *(1,) * positions)
+        self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype)) if weight else None
+        self.bias = nn.Parameter(torch.zeros(size, device=device, dtype=dtype)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x if self.weight is None else x * self.weight.reshape(self.shape)
+        return y if self.bias is None else y + self.bias.reshape(self.shape)
+
+
+class Identity(nn.Module):
+    """y = x."""
+
+    def __init__(self, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+MODULES: dict[str, Any] = {
+    "norm": Norm,
+    "linear": Linear,
+    "convolution": Convolution,
+    "affine": Affine,
+    "identity": Identity,
+}
 
 
 def center_input(module: nn.Module, args: Any, kwargs: Any) -> Any:

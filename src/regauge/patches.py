@@ -56,7 +56,9 @@ def replaceable(trace: Trace) -> dict[str, Replaceable]:
     found: dict[str, Replaceable] = {}
     for path, nodes in inside.items():
         if path and path not in nested:
-            known = _norm(trace, path, nodes) or _linear(trace, path, nodes)
+            known = (
+                _norm(trace, path, nodes) or _linear(trace, path, nodes) or _convolution(trace, path, nodes)
+            )
             if known is not None:
                 found[path] = known
     return found
@@ -187,6 +189,50 @@ def _linear(trace: Trace, path: str, nodes: list[fx.Node]) -> Replaceable | None
     if len(last) != len(calls):
         return None
     return Replaceable(path, patch, tuple(node.name for node in calls), weight, bias)
+
+
+def _convolution(trace: Trace, path: str, nodes: list[fx.Node]) -> Replaceable | None:
+    """A convolution over one to three axes of positions, surrounded by zeros."""
+    found: set[tuple[Any, ...]] = set()
+    for node in nodes:
+        name = op_name(node)
+        if name not in _CONVOLUTIONS or node.kwargs:
+            return None
+        count = _CONVOLUTIONS[name]
+        args: list[Any] = [*node.args, *[None] * (7 - len(node.args))]
+        weight, bias = _own(trace, path, args[1]), _own(trace, path, args[2])
+        if weight is None or (args[2] is not None and bias is None) or isinstance(args[4], str):
+            return None
+        spread = [_each(args[3], 1, count), _each(args[4], 0, count), _each(args[5], 1, count)]
+        found.add((weight, bias, *spread, args[6] or 1))
+    if len(found) != 1:
+        return None
+    ((weight, bias, stride, padding, dilation, groups),) = found
+    outputs, inputs, *kernel = trace.shapes[trace.canonical[weight]]
+    patch = {
+        "path": path,
+        "module": "convolution",
+        "inputs": inputs * groups,
+        "outputs": outputs,
+        "kernel": kernel,
+        "stride": list(stride),
+        "padding": list(padding),
+        "dilation": list(dilation),
+        "groups": groups,
+        "bias": bias is not None,
+    }
+    return Replaceable(path, patch, tuple(node.name for node in nodes), weight, bias)
+
+
+_CONVOLUTIONS = {"aten.conv1d": 1, "aten.conv2d": 2, "aten.conv3d": 3}
+
+
+def _each(value: Any, default: int, count: int) -> tuple[int, ...]:
+    """One number for each axis of positions."""
+    if value is None:
+        return (default,) * count
+    held = [value] if isinstance(value, int) else list(value)
+    return tuple(held if len(held) == count else held * count)
 
 
 def _flattens(node: fx.Node) -> bool:

@@ -57,7 +57,7 @@ def make_plan(
         change = move.plan(scene, options)
         used = [asdict(item) | {"move": spec.name, "place": place} for item in change.used]
         rewrite = Rewrite(
-            steps=_merged(rewrite.steps, change.steps),
+            steps=_merged({n: s for n, s in rewrite.steps.items() if n not in change.made}, change.steps),
             copies=_copied(rewrite, change.copies),
             made={n: m for n, m in {**rewrite.made, **change.made}.items() if n not in change.drops},
             drops=(rewrite.drops | change.drops) - change.made.keys(),

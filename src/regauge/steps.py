@@ -132,3 +132,34 @@ class AddStep:
                 found=str(tuple(tensor.shape)),
             )
         return (tensor.detach().to(torch.float64) + self.delta).to(tensor.dtype).contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class AffineStep:
+    """y[…, i, …] = scale[i] · x[…, i, …] + shift[i] along one axis; float64 vectors as long as the axis."""
+
+    axis: int
+    scale: torch.Tensor
+    shift: torch.Tensor | None = None
+
+    @property
+    def axes(self) -> frozenset[int]:
+        return frozenset({self.axis})
+
+    @property
+    def arithmetic(self) -> bool:
+        return True
+
+    def apply(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[self.axis] != len(self.scale):
+            raise RegaugeError(
+                "the affine map does not fit",
+                expected=f"{len(self.scale)} entries along axis {self.axis}",
+                found=str(tuple(tensor.shape)),
+            )
+        along = [1] * tensor.dim()
+        along[self.axis] = -1
+        result = tensor.detach().to(torch.float64) * self.scale.reshape(along)
+        if self.shift is not None:
+            result = result + self.shift.reshape(along)
+        return result.to(tensor.dtype).contiguous()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from regauge.moves.base import Change, Move, Option, Preserves, Scene, State, Used
+from regauge.moves.batchnorm import FOLD_BATCHNORM
 from regauge.moves.entries import PERMUTE, RESCALE
 from regauge.moves.fold import DROP_KEY_BIAS, FOLD_SCALES, FOLD_SHIFTS, FOLD_VALUE_BIAS
 from regauge.moves.residual import CENTER, UNTIE
@@ -13,6 +14,7 @@ from regauge.moves.structure import ADD_BIAS, STRIP
 
 _ALL = (
     UNTIE,
+    FOLD_BATCHNORM,
     ADD_BIAS,
     FOLD_SHIFTS,
     FOLD_SCALES,
