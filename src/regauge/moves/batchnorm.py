@@ -21,9 +21,12 @@ HOMOGENEOUS = ("aten.relu", "aten.leaky_relu", "aten.relu_")
 """f(a x) = a f(x) for a > 0, entry by entry."""
 
 
+_FORMS = (["aten.batch_norm"], ["aten._native_batch_norm_legit_no_training", "getitem"])
+
+
 @dataclass(frozen=True)
 class _Found:
-    """A batch norm in a module of its own, with its parameters by role."""
+    """A batch norm in a module of its own, with its parameters by role; ``node`` is the operation."""
 
     node: fx.Node
     path: str
@@ -53,7 +56,7 @@ def plan_fold_batchnorm(scene: Scene, options: Mapping[str, Any]) -> Change:
     for found in _batch_norms(scene):
         scale, shift = _affine(scene, found)
         writer, through = _writer(found, by_node)
-        positions = int(found.node.meta["val"].dim()) - 2
+        positions = int(found.node.args[0].meta["val"].dim()) - 2  # type: ignore[union-attr]
         held = {"path": found.path, "module": "affine", "size": len(scale), "positions": positions}
         own = {name for name in (found.weight, found.bias, found.mean, found.variance) if name is not None}
         drops |= own
@@ -93,9 +96,10 @@ def _batch_norms(scene: Scene) -> list[_Found]:
             inside.setdefault(module_path(node), []).append(node)
     found: list[_Found] = []
     for path, nodes in inside.items():
-        if len(nodes) != 1 or op_name(nodes[0]) != "aten.batch_norm" or not path or nodes[0].kwargs:
+        if not path or nodes[0].kwargs or [op_name(node) for node in nodes] not in _FORMS:
             continue
-        _, *given, training, _, eps, _ = nodes[0].args
+        _, *given = nodes[0].args[:5]
+        training, eps = (nodes[0].args[5], nodes[0].args[7]) if len(nodes) == 1 else (False, nodes[0].args[6])
         names = [None if arg is None else trace.parameters.get(arg.name, "") for arg in given]  # type: ignore[union-attr]
         mine = [n for n in names if n is not None]
         alone = all(n.rpartition(".")[0] == path and trace.aliases[n] == (n,) for n in mine)
