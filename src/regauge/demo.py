@@ -6,6 +6,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
@@ -56,7 +57,7 @@ def run(out: Path | None) -> None:
         with progress_bar(quiet=False) as progress:
             result = rewrite(directory, target, recipe, progress=progress)
         screen.print(result_view(result, str(target)))
-        _head(screen, "4. the result in stock transformers, which knows nothing of regauge")
+        _head(screen, "4. the result as an ordinary transformers model")
         screen.print(Text(_elsewhere(name, directory, target)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
     seconds = time.perf_counter() - begin
@@ -66,13 +67,18 @@ def run(out: Path | None) -> None:
 
 
 def choose(atlas: Atlas) -> Recipe:
-    """Moves that the atlas says exist: untie, fold, rotate where a space then turns, and permute."""
+    """Moves that the atlas says exist: untie, fold, LayerNorm to RMSNorm, rotate where a space turns, permute."""
     after = atlas.folded or atlas
     whole = {generator.kind for generator in after.generators if not generator.copies}
     turns = bool(whole & _TURNS)
+    centred = Kind.ORTHOGONAL_ONES in whole  # a space that only LayerNorms read
     moves: list[object] = ["untie"] if atlas.aliases else []
+    moves += ["add-bias"] if centred else []
     moves += ["fold-shifts"] if Kind.TRANSLATION in whole else []
     moves += ["fold-scales"] if atlas.folds else []
+    moves += (
+        ["fold-value-bias", "drop-key-bias", {"name": "center", "norm": "rms"}, "strip"] if centred else []
+    )
     moves += [{"name": "rotate", "style": "hadamard"}] if turns else []
     return parse_recipe({"moves": [*moves, "permute"]})
 
@@ -108,19 +114,32 @@ def _refusal(screen: Console, directory: Path, target: Path) -> None:
         screen.print("this model can be rotated as it stands")
 
 
+def _norms(path: Path) -> str:
+    """How many norms of which sort, and how many parameters they hold."""
+    from torch import nn
+
+    from regauge.hf import load_meta
+    from regauge.modeling_regauge import Norm
+
+    found = [m for m in load_meta(path).model.modules() if isinstance(m, (nn.LayerNorm, Norm))]
+    kinds = Counter("RMSNorm" if isinstance(m, Norm) and m.form == "rms" else "LayerNorm" for m in found)
+    held = sum(p.numel() for m in found for p in m.parameters())
+    text = " and ".join(f"{count} {kind}s" for kind, count in sorted(kinds.items())) or "no LayerNorms"
+    return f"{text} with {held:,} parameters"
+
+
 def _elsewhere(name: str, first: Path, second: Path) -> str:
     """Both directories loaded and run by transformers in float32 on the same input."""
     import torch
     import transformers
 
     from regauge import packaged
-    from regauge.hf import read_config
+    from regauge.api import load
 
-    kind = getattr(transformers, read_config(first)["architectures"][0])
     outputs: list[torch.Tensor] = []
     transformers.utils.logging.disable_progress_bar()
     for path in (first, second):
-        model = kind.from_pretrained(path).eval()
+        model = load(path).eval()
         with torch.no_grad():
             result = model(**packaged.example(name))
         outputs.append(result.logits if hasattr(result, "logits") else result[0])
@@ -129,7 +148,7 @@ def _elsewhere(name: str, first: Path, second: Path) -> str:
     largest = float((a - b).abs().max())
     same = float((a.argmax(-1) == b.argmax(-1)).double().mean())
     return (
-        f"{kind.__name__}.from_pretrained in float32: outputs of shape {tuple(a.shape)} differ by"
+        f"{_norms(first)} before, {_norms(second)} after. In float32: outputs of shape {tuple(a.shape)} differ by"
         f" {difference:.1e} relative and {largest:.1e} at most;"
         f" the largest entry is the same at {100 * same:.1f} % of positions"
     )
