@@ -67,7 +67,7 @@ def run(out: Path | None) -> None:
 
 
 def choose(atlas: Atlas) -> Recipe:
-    """Moves that the atlas says exist: untie, fold, LayerNorm to RMSNorm, rotate where a space turns, permute."""
+    """Moves that the atlas says exist: untie, fold, LayerNorm to RMSNorm, rotate what turns, permute."""
     after = atlas.folded or atlas
     whole = {generator.kind for generator in after.generators if not generator.copies}
     turns = bool(whole & _TURNS)
@@ -148,7 +148,8 @@ def _elsewhere(name: str, first: Path, second: Path) -> str:
     largest = float((a - b).abs().max())
     same = float((a.argmax(-1) == b.argmax(-1)).double().mean())
     return (
-        f"{_norms(first)} before, {_norms(second)} after. In float32: outputs of shape {tuple(a.shape)} differ by"
-        f" {difference:.1e} relative and {largest:.1e} at most;"
+        f"{_norms(first)} before, {_norms(second)} after.\n"
+        f"In float32, outputs of shape {tuple(a.shape)} differ by {difference:.1e} relative,"
+        f" {largest:.1e} at most;"
         f" the largest entry is the same at {100 * same:.1f} % of positions"
     )
