@@ -55,7 +55,10 @@ class RewriteResult:
 
 
 class _Exact:
-    """Weights as the plan leaves them, in float64 and not rounded, for the certificate."""
+    """Weights as the plan leaves them, in float64 and not rounded, for the certificate.
+
+    It tells along which axes a part costs no more than its share: no part is computed again for the next.
+    """
 
     def __init__(self, view: RewrittenView) -> None:
         self._view = view
@@ -65,17 +68,14 @@ class _Exact:
 
     def rows(self, name: str, index: torch.Tensor) -> torch.Tensor:
         flat = index.reshape(-1)
-        unique, back = flat.unique(return_inverse=True)
-        parts: list[torch.Tensor] = []
-        start = 0
-        while start < len(unique):
-            stop = start + 1
-            while stop < len(unique) and int(unique[stop]) == int(unique[stop - 1]) + 1:
-                stop += 1
-            parts.append(self._view.read_rows(name, int(unique[start]), int(unique[stop - 1]) + 1))
-            start = stop
-        rows = torch.cat(parts) if parts else self._view.read_rows(name, 0, 0)
-        return rows[back].reshape(*index.shape, *rows.shape[1:])
+        rows = self._view.rows(name, flat)
+        return rows.reshape(*index.shape, *rows.shape[1:])
+
+    def cuts(self, name: str) -> tuple[int, ...]:
+        return self._view.cuts(name)
+
+    def read_rows(self, name: str, start: int, stop: int, axis: int = 0) -> torch.Tensor:
+        return self._view.read_rows(name, start, stop, axis)
 
 
 def rewrite(
