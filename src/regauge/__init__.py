@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         RegaugeError,
         TraceError,
     )
+    from regauge.exporting import ExportCertificate, ExportResult, export
     from regauge.recipe import MoveSpec, Recipe, load_recipe, parse_move
 
 __version__ = metadata.version("regauge")
@@ -32,6 +33,8 @@ __all__ = [
     "BadInput",
     "Certificate",
     "CheckpointError",
+    "ExportCertificate",
+    "ExportResult",
     "Generator",
     "Kind",
     "MoveSpec",
@@ -46,6 +49,7 @@ __all__ = [
     "Verdict",
     "certify",
     "certify_modules",
+    "export",
     "inspect",
     "load",
     "load_recipe",
@@ -67,6 +71,7 @@ _HOME = {
         "RegaugeError",
         "TraceError",
     ),
+    "regauge.exporting": ("ExportCertificate", "ExportResult", "export"),
     "regauge.recipe": ("MoveSpec", "Recipe", "load_recipe", "parse_move"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

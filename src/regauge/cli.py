@@ -10,6 +10,7 @@ import typer
 
 from regauge.cli_support import (
     described,
+    exported,
     outcome,
     packaged_module,
     parse_size,
@@ -37,6 +38,11 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
     FLOAT16 = "float16"
     BFLOAT16 = "bfloat16"
+
+
+class Format(StrEnum):
+    ONNX = "onnx"
+    PT2 = "pt2"
 
 
 Source = Annotated[
@@ -218,6 +224,49 @@ def certify(
             show(render(certificate))
         if not certificate.passed:
             raise typer.Exit(EXIT_CERTIFICATE)
+
+
+@app.command()
+def export(
+    source: Source,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New file; must not exist.", show_default=False)],
+    form: Annotated[Format, typer.Option("--format", help="ONNX, or a torch.export archive.")] = Format.ONNX,
+    text: TextFile = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of random inputs.")] = 0,
+    json: AsJson = False,
+) -> None:
+    """Write a model as ONNX or .pt2, certify what was written, and only then put it at OUT.
+
+    Batch and length are dynamic where the model's own code lets them be. The
+    file is loaded again and run on sizes that the exporter never saw, beside
+    the source. Exit code 1, and nothing at OUT, if they differ by more than
+    rounding. ONNX needs the extra "export".
+
+    \b
+    Examples:
+      regauge export packaged:minilm minilm.onnx
+      regauge export ./rewritten model.pt2 --format pt2 --text book.txt
+    """
+    with outcome(as_json=json):
+        from regauge.exporting import export as run
+
+        module, inputs = packaged_module(source) or (None, None)
+        with progress_bar(quiet=json) as progress:
+            result = run(
+                source if module is None else module,
+                out,
+                format=form,
+                inputs=inputs,
+                text=text,
+                seed=seed,
+                progress=progress,
+            )
+        if json:
+            print_json(exported(result))
+        else:
+            from regauge.show import export_view
+
+            show(export_view(result))
 
 
 @app.command()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from regauge.api import RewriteResult
+    from regauge.exporting import ExportResult
 
 EXIT_INTERRUPTED = 130
 EXIT_BUG = 70
@@ -149,6 +150,17 @@ def rewritten(result: RewriteResult, out: str) -> dict[str, Any]:
         "certificate": json.loads(result.certificate.to_json()),
         "seconds": dict(result.seconds),
         "manifest": dict(result.manifest),
+    }
+
+
+def exported(result: ExportResult) -> dict[str, Any]:
+    """What ``export --json`` prints."""
+    return {
+        "out": str(result.files[0]),
+        "files": list(map(str, result.files)),
+        "verdict": str(result.certificate.verdict),
+        "certificate": json.loads(result.certificate.to_json()),
+        "seconds": dict(result.seconds),
     }
 
 

@@ -20,6 +20,7 @@ from regauge.errors import Refused, RegaugeError
 
 if TYPE_CHECKING:
     from regauge.api import RewriteResult
+    from regauge.exporting import Dynamic, ExportResult
 
 NAMES = {
     Kind.PERMUTATION: "permutation",
@@ -244,6 +245,47 @@ def result_view(result: RewriteResult, out: str) -> RenderableType:
         done += f", {report.resumed} taken over from an interrupted run"
     written = f"written to {out}: {report.bytes_written / 1e6:,.1f} MB"
     return Group(render(result.certificate), Text(f"\n{done}\ntime: {times}\n{written}"))
+
+
+def export_view(result: ExportResult) -> RenderableType:
+    """The figures of each output, what it was run on, and what was written where in which time."""
+    from regauge.certify.certificate import cells
+
+    found = result.certificate
+    logits = any(output.error.kl_mean is not None for output in found.outputs.values())
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("")
+    for name in ("relative", "max abs", "KL mean", "KL max", "top-1")[: 5 if logits else 2]:
+        table.add_column(name, justify="right")
+    for name, output in found.outputs.items():
+        table.add_row(name, *cells(output.error, logits))
+        table.add_row("  floor: source against float64", *cells(output.floor, logits))
+        table.add_row("  exported against float64", *cells(output.float64, logits))
+    head = Text.assemble((str(found.verdict), "bold green"), f": {found.reason}")
+    axes = [f"{axis.input}.{axis.axis} {axis.name} ≥ {axis.least}" + _most(axis) for axis in found.dynamic]
+    fixed = [f"{name} stays {size}: the model's own code fixes it" for name, size in found.static.items()]
+    sizes = [
+        ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in probe.shapes.items())
+        + f": {probe.relative:.2e}"
+        for probe in found.probes
+    ]
+    source = found.source
+    lines = [
+        "dynamic: " + (", ".join(axes) or "nothing"),
+        *fixed,
+        f"inputs: {found.inputs}, seed {found.seed}; relative error by size, the first being the one traced:",
+        *(f"  {size}" for size in sizes),
+        f"source: {source.name} ({source.architecture}, {source.parameters:,} parameters,"
+        f" sha256 {source.digest[:16]})",
+    ]
+    times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
+    files = ", ".join(map(str, result.files))
+    written = f"\ntime: {times}\nwritten to {files}: {found.bytes / 1e6:,.1f} MB, sha256 {found.digest[:16]}"
+    return Group(head, Text(), table, Text(), Text("\n".join(lines), style="dim"), Text(written))
+
+
+def _most(axis: Dynamic) -> str:
+    return "" if axis.most is None else f", ≤ {axis.most}"
 
 
 def moves_view(moves: Mapping[str, Any]) -> RenderableType:

@@ -121,7 +121,7 @@ class _Select(nn.Module):
         self.names = _Names()
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        found = dict(_tensors(self.model_to_trace(*args, **kwargs)))
+        found = dict(named_tensors(self.model_to_trace(*args, **kwargs)))
         if self.outputs is not None:
             missing = [name for name in self.outputs if name not in found]
             if missing:
@@ -139,15 +139,15 @@ class _Select(nn.Module):
         return tuple(found.values())
 
 
-def _tensors(value: Any, name: str = "output") -> Iterator[tuple[str, torch.Tensor]]:
+def named_tensors(value: Any, name: str = "output") -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(value, torch.Tensor):
         yield name, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _tensors(item, key if name == "output" else f"{name}.{key}")
+            yield from named_tensors(item, key if name == "output" else f"{name}.{key}")
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            yield from _tensors(item, f"{name}.{index}")
+            yield from named_tensors(item, f"{name}.{index}")
 
 
 def trace(

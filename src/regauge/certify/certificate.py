@@ -155,7 +155,7 @@ def render(certificate: Certificate) -> RenderableType:
         (f"  floor: original re-rounded to {floor}", evidence.stored_floor),
     ):
         if figures is not None:
-            table.add_row(label, *_cells(figures, logits))
+            table.add_row(label, *cells(figures, logits))
     given = certificate.inputs
     shapes = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in given.shapes.items())
     size = f"{given.positions} positions in {given.batches} × ({shapes})"
@@ -171,7 +171,8 @@ def render(certificate: Certificate) -> RenderableType:
     return Group(head, Text(), table, Text(), Text("\n".join(lines), style="dim"))
 
 
-def _cells(figures: Figures, logits: bool) -> list[str]:
+def cells(figures: Figures, logits: bool) -> list[str]:
+    """One row of a table of figures: two cells, or five for logits."""
     cells = [f"{figures.relative:.2e}", f"{figures.max_abs:.2e}"]
     if logits:
         cells += ["-" if v is None else f"{v:.2e}" for v in (figures.kl_mean, figures.kl_max)]

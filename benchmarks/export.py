@@ -1,0 +1,119 @@
+"""How fast ONNX Runtime runs a model before and after a rewrite: exported source against exported result.
+
+For each case, in a process of its own: export both (each certified against its own source), then run them in
+turn, on one thread, and take the median of each. The ratio is after over before; below one is faster.
+
+    python benchmarks/export.py                  # MiniLM, Whisper tiny.en, CREPE tiny
+    python benchmarks/export.py minilm           # some
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness import machine, ratio, save, table, worker
+
+MOVES: dict[str, list[Any]] = {
+    "minilm": ["fold-value-bias", "drop-key-bias", "strip"],
+    "whisper-tiny.en": [
+        "untie",
+        "fold-shifts",
+        "fold-scales",
+        "fold-value-bias",
+        {"name": "center", "norm": "rms"},
+        "strip",
+    ],
+    "crepe-tiny": ["fold-batchnorm"],
+}
+ROUNDS = 30
+
+
+def exported(case: str, place: Path) -> tuple[Path, Path]:
+    """ONNX of the source and of the rewritten model."""
+    import regauge
+    from regauge import packaged
+
+    before, after = place / "before.onnx", place / "after.onnx"
+    recipe = {"moves": MOVES[case]}
+    if any(row.name == case and row.kind == "module" for row in packaged.available()):
+        module, inputs = packaged.module(case), packaged.example(case)
+        regauge.export(module, before, inputs=inputs)
+        regauge.export(regauge.rewrite_module(module, inputs, recipe)[0], after, inputs=inputs)
+    else:
+        regauge.export(f"packaged:{case}", before)
+        regauge.rewrite(f"packaged:{case}", place / "files", recipe)
+        regauge.export(place / "files", after)
+    return before, after
+
+
+def measure(case: str, rounds: int) -> dict[str, Any]:
+    import onnxruntime
+
+    from regauge import packaged
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    with tempfile.TemporaryDirectory() as place:
+        files = exported(case, Path(place))
+        sessions = [onnxruntime.InferenceSession(str(f), options, ["CPUExecutionProvider"]) for f in files]
+        inputs = {name: value.numpy() for name, value in packaged.example(case).items()}
+        seconds: tuple[list[float], list[float]] = ([], [])
+        for _ in range(rounds + 2):
+            for session, taken in zip(sessions, seconds, strict=True):
+                given = {item.name: inputs[item.name] for item in session.get_inputs()}
+                start = time.perf_counter()
+                session.run(None, given)
+                taken.append(time.perf_counter() - start)
+        nodes = [_nodes(file) for file in files]
+    before, after = (statistics.median(taken[2:]) for taken in seconds)
+    return {
+        "moves": MOVES[case],
+        "before_ms": round(1000 * before, 3),
+        "after_ms": round(1000 * after, 3),
+        "ratio": round(after / before, 4),
+        "nodes": nodes,
+        "rounds": rounds,
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def _nodes(file: Path) -> int:
+    import onnx
+
+    return len(onnx.load(file, load_external_data=False).graph.node)
+
+
+def row(case: str, found: Mapping[str, Any]) -> list[str]:
+    before, after = found["nodes"]
+    share = ratio(found["after_ms"], found["before_ms"])
+    return [case, f"{found['before_ms']} ms", f"{found['after_ms']} ms", share, f"{before} → {after}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("cases", nargs="*", default=list(MOVES), metavar="CASE")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--dry", action="store_true", help="do not save the results")
+    parser.add_argument("--worker", metavar="CASE", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker:
+        print(json.dumps(measure(given.worker, given.rounds)))
+        return
+    results = {
+        case: worker(__file__, case, "--rounds", str(given.rounds)) | {"machine": machine()}
+        for case in given.cases
+    }
+    print(table(("model", "before", "after", "ratio", "nodes"), [row(c, r) for c, r in results.items()]))
+    if not given.dry:
+        save("export", results)
+
+
+if __name__ == "__main__":
+    main()
