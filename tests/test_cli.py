@@ -199,7 +199,7 @@ def test_version() -> None:
     assert run("--version").stdout == f"regauge {regauge.__version__}\n"
 
 
-@pytest.mark.parametrize("verb", ["inspect", "rewrite", "certify", "export", "moves", "demo"])
+@pytest.mark.parametrize("verb", ["inspect", "rewrite", "certify", "export", "report", "moves", "demo"])
 def test_help_of_every_command_shows_an_example(verb: str) -> None:
     text = run(verb, "--help").stdout
     assert f"  regauge {verb}" in text.split("Examples:")[1]

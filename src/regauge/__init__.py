@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from regauge.exporting import ExportCertificate, ExportResult, export
     from regauge.recipe import MoveSpec, Recipe, load_recipe, parse_move
+    from regauge.report import report
 
 __version__ = metadata.version("regauge")
 
@@ -54,9 +55,12 @@ __all__ = [
     "load",
     "load_recipe",
     "parse_move",
+    "report",
     "rewrite",
     "rewrite_module",
 ]
+
+_VERBS = ("certify", "report")
 
 _HOME = {
     "regauge.api": ("RewriteResult", "inspect", "load", "rewrite", "rewrite_module"),
@@ -77,17 +81,17 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 
-class _Certify(ModuleType):
-    """The subpackage ``regauge.certify`` can be called like the function of that name inside it."""
+class _Verb(ModuleType):
+    """A subpackage that can be called like the function of its name inside it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.certify(*args, **kwargs)
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
 
 
 class _Regauge(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "certify" and isinstance(value, ModuleType):
-            value.__class__ = _Certify
+        if name in _VERBS and isinstance(value, ModuleType):
+            value.__class__ = _Verb
         super().__setattr__(name, value)
 
 
@@ -95,8 +99,8 @@ sys.modules[__name__].__class__ = _Regauge
 
 
 def __getattr__(name: str) -> Any:
-    if name == "certify":
-        return import_module("regauge.certify")
+    if name in _VERBS:
+        return import_module(f"regauge.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'regauge' has no attribute {name!r}")
     return getattr(import_module(_MODULE_OF[name]), name)

@@ -270,6 +270,43 @@ def export(
 
 
 @app.command()
+def report(
+    directory: Annotated[
+        str,
+        typer.Argument(metavar="DIR", help="A directory that `regauge rewrite` wrote.", show_default=False),
+    ],
+    source: Annotated[
+        str | None,
+        typer.Option("--source", metavar="SRC", help="What it was made from: shows before and after."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="New HTML file. Default: DIR-report.html.")
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Write one HTML file about a rewritten directory: moves, certificate, weights, activations.
+
+    The file holds everything and loads nothing. With --source both models run
+    on random inputs, and every figure is shown before and after.
+
+    \b
+    Examples:
+      regauge report ./new
+      regauge report ./new --source packaged:minilm --out new.html
+    """
+    with outcome(as_json=json):
+        from regauge.report import report as run
+
+        with progress_bar(quiet=json) as progress:
+            path = run(directory, out, source=source, progress=progress)
+        size = path.stat().st_size
+        if json:
+            print_json({"out": str(path), "bytes": size})
+        else:
+            print(f"written to {path}: {size / 1e3:,.0f} kB")
+
+
+@app.command()
 def moves(json: AsJson = False) -> None:
     """List every move: its identity, what it needs, what it preserves, and its options.
 
