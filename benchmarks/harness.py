@@ -30,6 +30,14 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def version(package: str) -> str | None:
+    """Of an installed package; None if there is none, which some benchmarks do without."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def machine() -> dict[str, Any]:
     cpu = next(
         (
@@ -49,7 +57,7 @@ def machine() -> dict[str, Any]:
         "load_before": [round(load, 2) for load in os.getloadavg()],
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        **{package: metadata.version(package) for package in PACKAGES},
+        **{package: version(package) for package in PACKAGES},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
