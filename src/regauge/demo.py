@@ -35,6 +35,7 @@ def run(out: Path | None) -> None:
     """
     from regauge import packaged
     from regauge.api import inspect, rewrite
+    from regauge.report import report
 
     begin = time.perf_counter()
     screen = console()
@@ -59,6 +60,10 @@ def run(out: Path | None) -> None:
         screen.print(result_view(result, str(target)))
         _head(screen, "4. the result as an ordinary transformers model")
         screen.print(Text(_elsewhere(name, directory, target)))
+        _head(screen, "5. what was done, as one page to look at")
+        place_of_report = target.parent if out is not None else Path(tempfile.mkdtemp(prefix="regauge-demo-"))
+        page = report(target, _free(place_of_report, target.name), source=directory)
+        screen.print(Text(f"open {page} in a browser; it loads nothing from anywhere"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
     seconds = time.perf_counter() - begin
     screen.print(Text(f"\n{seconds:.0f} s in all, peak memory {peak:,.0f} MiB (with torch and transformers)"))
@@ -95,6 +100,12 @@ def _first_installed() -> str:
         expected=" or ".join(rows[name].package for name in MODELS),
         way_out=rows[MODELS[0]].install,
     )
+
+
+def _free(place: Path, name: str) -> Path:
+    """A file that does not exist."""
+    names = (f"{name}-report{number}.html" for number in ("", *(f"-{i}" for i in range(2, 1000))))
+    return next(place / name for name in names if not (place / name).exists())
 
 
 def _head(screen: Console, title: str) -> None:
