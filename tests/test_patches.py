@@ -188,6 +188,16 @@ class Stack(nn.Module):
         return self.head(self.last(self.blocks(torch.nn.functional.gelu(self.stem(x)))))
 
 
+def test_a_module_that_is_as_it_was_is_not_replaced(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path / "source")
+    result = rewrite(tmp_path / "source", tmp_path / "out", {"moves": ["add-bias", "strip"]})
+    assert not result.rewrite.patches
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "source" / "model.safetensors"
+    ).read_bytes()
+
+
 def test_plain_modules_too() -> None:
     torch.manual_seed(0)
     model = Stack().double()

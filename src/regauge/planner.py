@@ -10,7 +10,7 @@ import torch
 
 from regauge.discover import Gauge
 from regauge.moves import MOVES, Scene, State
-from regauge.patches import merged
+from regauge.patches import merged, replaceable
 from regauge.plan import Rewrite
 from regauge.recipe import Recipe, check_move
 
@@ -45,7 +45,7 @@ def make_plan(
     Raises:
         Refused: a move does not exist for this model.
     """
-    rewrite, state = Rewrite(), State()
+    rewrite, state, first = Rewrite(), State(), gauge
     for place, spec in enumerate(recipe.moves):
         if progress is not None:
             progress(spec.name)
@@ -74,6 +74,10 @@ def make_plan(
         if change.patches and retrace is not None:
             gauge = retrace(rewrite)
             state = State(False, frozenset(state.folded & gauge.trace.shapes.keys()))
+    if rewrite.patches:
+        known = {path: dict(module.patch) for path, module in replaceable(first.trace).items()}
+        patches = tuple(patch for patch in rewrite.patches if known.get(patch["path"]) != patch)
+        rewrite = replace(rewrite, patches=patches)
     return rewrite, state, gauge
 
 
