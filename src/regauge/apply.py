@@ -23,6 +23,8 @@ from regauge.write import StagedOutput
 
 _BLOCK_BYTES = 2 << 20
 """Small enough to stay in the cache while it is read, changed, hashed and written."""
+_SLAB_BYTES = 32 << 20
+"""Of a tensor cut along another axis than the first: the smaller, the shorter the runs in the file."""
 _GATHER_BYTES = 16 << 20
 
 
@@ -78,7 +80,8 @@ def apply_rewrite(
         out: made for the same source, with ``copies=tensor_copies(...)`` and the same ``dtype``.
         names: which tensors store which parameter; others are copied.
         max_memory: bytes that blocks may take altogether, roughly; a block gets a sixteenth of
-            it, at most 2 MiB. A tensor whose steps leave no axis to cut along is worked on whole.
+            it, at most 2 MiB (32 MiB where it is not cut along axis 0). A tensor whose steps leave no
+            axis to cut along is worked on whole.
         dtype: must be ``out.dtype`` if given.
         progress: called with the number of bytes of the result finished since the last call; they add
             up to ``out.size_bytes``, resumed tensors included.
@@ -100,7 +103,7 @@ def apply_rewrite(
     begin = time.perf_counter()
     jobs = plan_jobs(source, rewrite, names)
     _check_repeated(source, jobs, names)
-    budget = _BLOCK_BYTES if max_memory is None else min(_BLOCK_BYTES, max(1 << 16, max_memory // 16))
+    budget = _SLAB_BYTES if max_memory is None else min(_SLAB_BYTES, max(1 << 16, max_memory // 16))
     count = dict.fromkeys(("copied", "moved", "computed", "recast", "resumed"), 0)
     origins: dict[str, str] = {}
     read = written = peak = 0
@@ -280,6 +283,8 @@ class _Work:
         working = torch.float64 if job.arithmetic else stored if stored.itemsize > 1 else torch.float32
         total = math.prod(shape) * working.itemsize
         free = [axis for axis in range(len(shape)) if axis not in self.chain.bound and shape[axis]]
+        if 0 in free:
+            budget = min(budget, _BLOCK_BYTES)
         self.axis, self.rows, self.extent = 0, 1, 1
         if shape:
             self.extent = self.rows = shape[0]

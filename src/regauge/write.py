@@ -34,8 +34,8 @@ from regauge.shards import DTYPES, Entry
 
 MANIFEST = "regauge.json"
 _CHUNK = 1 << 20
-_AHEAD = 8
-"""Blocks that may be on their way to the disk while the next is computed."""
+_AHEAD = 16 << 20
+"""Bytes that may be on their way to the disk while the next block is computed."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -44,6 +44,7 @@ class _Block:
     """A block on its way to the disk; the last of a tensor carries its name and, if known, its hash."""
 
     parts: list[Future[None]]
+    size: int
     ends: tuple[str, TensorHash | None] | None = None
 
 
@@ -177,7 +178,7 @@ class StagedOutput:
         shape = entry.shape or (1,)
         outer, itemsize = math.prod(shape[:axis]), DTYPES[entry.kind].itemsize
         inner = itemsize * math.prod(shape[axis + 1 :])
-        digest, position, last = TensorHash(), 0, _Block([])
+        digest, position, last = TensorHash(), 0, _Block([], 0)
         with self._disk():
             for block in blocks:
                 count = block.shape[axis] if entry.shape else 1
@@ -187,7 +188,7 @@ class StagedOutput:
                         f"{name}: a block {tuple(block.shape)} {block.dtype} does not fit {entry}"
                     )
                 data, run = _bytes(block), count * inner
-                while len(self._under_way) >= _AHEAD:
+                while self._under_way and sum(b.size for b in self._under_way) + len(data) > _AHEAD:
                     self._settle()
                 rows = [
                     (entry.start + (row * shape[axis] + position) * inner, data[row * run : (row + 1) * run])
@@ -196,7 +197,7 @@ class StagedOutput:
                 parts = [self._pool.submit(self._put_all, self._file(name), rows)]
                 if outer == 1:
                     parts.append(self._hasher.submit(digest.update, data))
-                self._under_way.append(last := _Block(parts))
+                self._under_way.append(last := _Block(parts, len(data)))
                 position += count
                 if progress is not None:
                     progress(len(data))
