@@ -183,7 +183,7 @@ def test_nothing_is_left_changed_in_torch_or_transformers(monkeypatch: pytest.Mo
             drawn(3)
             super().__init__(config)
 
-    monkeypatch.setattr(hf, "_model_class", lambda config: Drawing)
+    monkeypatch.setattr(hf, "model_class_of", lambda config: Drawing)
     logging.set_verbosity(logging.CRITICAL)
     try:
         state = torch.random.get_rng_state()
@@ -228,7 +228,7 @@ def test_large_empty_tensors_are_spared_and_a_buffer_made_of_one_is_still_real(
         def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
             return pixel_values
 
-    monkeypatch.setattr(hf, "_model_class", lambda config: Model)
+    monkeypatch.setattr(hf, "model_class_of", lambda config: Model)
     monkeypatch.setattr(hf, "LARGE", 10)
     held = load_meta(config("vit"))
     assert torch.equal(held.buffers()["table"], torch.arange(100.0))

@@ -18,9 +18,9 @@ from regauge.api import inspect, load, rewrite, rewrite_module
 from regauge.atlas import Kind
 from regauge.certify import certify
 from regauge.checkpoint import Checkpoint
-from regauge.errors import Refused
+from regauge.errors import BadInput, Refused, TraceError
 from regauge.hf import checkpoint_names, load_meta
-from regauge.modeling_regauge import Linear, Norm, apply_patches
+from regauge.modeling_regauge import Norm, apply_patches
 from test_end_to_end import build
 
 GOLDEN = Path(__file__).parent / "data" / "crmsnorm_golden.pt"
@@ -90,7 +90,7 @@ def test_the_directory_says_what_was_replaced(case: Any) -> None:
     config = json.loads((out / "config.json").read_text())
     manifest = json.loads((out / "regauge.json").read_text())
     assert config["model_type"] == "regauge"
-    assert config["regauge"]["model_type"] == json.loads((source / "config.json").read_text())["model_type"]
+    assert config["regauge"]["stock_type"] == json.loads((source / "config.json").read_text())["model_type"]
     assert config["regauge"]["patches"] == manifest["patches"] == [dict(p) for p in result.rewrite.patches]
     with Checkpoint.open(out) as files:
         again = load_meta(out)
@@ -211,7 +211,7 @@ def test_plain_modules_too() -> None:
     assert not any(isinstance(module, nn.LayerNorm) for module in changed.modules())
     assert sum(p.numel() for n, p in changed.named_parameters() if "norm" in n or "last" in n) == 0
     up = changed.get_submodule("blocks.0.up")
-    assert isinstance(up, Linear)
+    assert isinstance(up, nn.Linear)
     assert up.bias is not None
     assert torch.allclose(model(x), changed(x), rtol=0, atol=1e-12)
     assert isinstance(model.last, nn.LayerNorm)
@@ -259,3 +259,115 @@ def test_the_runtime_stands_alone() -> None:
 def test_unknown_patches_are_errors() -> None:
     with pytest.raises(ValueError, match="unknown replacement"):
         apply_patches(nn.Sequential(nn.Linear(2, 2)), [{"path": "0", "module": "magic"}])
+
+
+class Branching(nn.LayerNorm):
+    """Does something else on large batches: one trace does not show it."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        y = super().forward(input)
+        return 2 * y if input.shape[0] > 4 else y
+
+
+class Masked(nn.Module):
+    """Takes the stream as its second argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.map = nn.LayerNorm(6), nn.Linear(6, 6)
+
+    def forward(self, mask: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+        y = self.map(self.norm(x))
+        return x + (y if mask is None else y * mask)
+
+
+class Second(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.last = nn.Linear(4, 6), Masked(), nn.LayerNorm(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.block(None, torch.nn.functional.gelu(self.stem(x))))
+
+
+def test_only_code_without_branches_is_replaced() -> None:
+    net = nn.Sequential(nn.Linear(6, 6), Branching(6), nn.Linear(6, 2))
+    with pytest.raises(Refused):
+        rewrite_module(net, (torch.randn(2, 6),), {"moves": ["fold-shifts", "fold-scales", "strip"]})
+
+
+def test_a_stream_that_is_not_the_first_argument_is_not_centred() -> None:
+    with pytest.raises(Refused, match="with them replaced"):
+        rewrite_module(Second(), (torch.randn(2, 4),), {"moves": [{"name": "center", "norm": "rms"}]})
+
+
+def test_a_module_with_hooks_is_not_replaced() -> None:
+    net = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    net[1].register_forward_hook(lambda module, args, out: None)
+    with pytest.raises(Refused, match="a module cannot be replaced"):
+        rewrite_module(net, (torch.randn(2, 6),), {"moves": ["fold-shifts", "fold-scales", "strip"]})
+
+
+def test_frozen_stays_frozen() -> None:
+    net = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6, bias=False), nn.Linear(6, 2, bias=False))
+    net[2].weight.requires_grad_(False)
+    changed, _ = rewrite_module(net, (torch.randn(2, 6),), {"moves": ["add-bias"]})
+    assert not changed.get_parameter("2.weight").requires_grad
+    assert changed.get_parameter("2.bias").requires_grad
+
+
+@pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForSequenceClassification"])
+def test_other_auto_classes_do_not_find_the_stock_model(auto: str, tmp_path: Path) -> None:
+    model = build("gpt2")
+    model.save_pretrained(tmp_path / "source")
+    attempt(tmp_path / "source", tmp_path / "auto_gpt2", recipe(model))
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
+        getattr(transformers, auto).from_pretrained(tmp_path / "auto_gpt2", trust_remote_code=True)
+
+
+GOOD = {"path": "transformer.h.0.ln_1", "module": "norm", "form": "rms", "size": 32, "eps": 1e-5,
+        "weight": True, "bias": True}  # fmt: skip
+HOSTILE: dict[str, dict[str, Any]] = {
+    "ordinary type": {"model_type": "gpt2"},
+    "no patches": {"regauge": {"format": 1, "stock_type": "gpt2"}},
+    "another format": {"regauge": {"format": 99, "stock_type": "gpt2", "patches": []}},
+    "unknown type": {"regauge": {"format": 1, "stock_type": "nonsense", "patches": []}},
+    "architectures": {"architectures": [5]},
+    "abstract class": {"architectures": ["PreTrainedModel"]},
+}
+BAD_PATCHES: dict[str, Any] = {
+    "no mapping": None,
+    "no path": {k: v for k, v in GOOD.items() if k != "path"},
+    "empty path": GOOD | {"path": ""},
+    "unknown path": GOOD | {"path": "transformer.nonsense"},
+    "property": GOOD | {"path": "base_model"},
+    "unknown module": GOOD | {"module": "magic"},
+    "unknown field": GOOD | {"positions": 300_000_000},
+    "huge": GOOD | {"size": 1 << 40},
+    "wrong type": GOOD | {"eps": "small"},
+    "unknown form": GOOD | {"form": "magic"},
+}
+
+
+@pytest.mark.parametrize("what", [*HOSTILE, *BAD_PATCHES])
+def test_a_config_from_a_stranger(what: str, tmp_path: Path) -> None:
+    model = build("gpt2")
+    model.save_pretrained(tmp_path / "source")
+    path = tmp_path / "source" / "config.json"
+    config = json.loads(path.read_text())
+    patches = [BAD_PATCHES[what]] if what in BAD_PATCHES else [GOOD]
+    config |= {"model_type": "regauge", "regauge": {"format": 1, "stock_type": "gpt2", "patches": patches}}
+    path.write_text(json.dumps(config | HOSTILE.get(what, {})))
+    for verb in (load, inspect):
+        with pytest.raises((BadInput, TraceError)):
+            verb(tmp_path / "source")
+
+
+def test_the_runtime_is_always_our_own(tmp_path: Path) -> None:
+    model = build("gpt2")
+    model.save_pretrained(tmp_path / "source")
+    attempt(tmp_path / "source", tmp_path / "out", recipe(model))
+    (tmp_path / "out" / "modeling_regauge.py").write_text("raise SystemExit")
+    rewrite(tmp_path / "out", tmp_path / "again", {"moves": ["permute"]})
+    found = (tmp_path / "again" / "modeling_regauge.py").read_bytes()
+    assert found == Path(modeling_regauge.__file__).read_bytes()

@@ -14,7 +14,7 @@ from regauge.certify import Certificate, certify_modules
 from regauge.discover import Gauge, discover
 from regauge.errors import BadInput, NotEquivalent
 from regauge.hf import load_config, model_class_of
-from regauge.modeling_regauge import HOOKS
+from regauge.modeling_regauge import HOOKS, PatchError
 from regauge.patches import restructured
 from regauge.plan import Rewrite
 from regauge.planner import make_plan
@@ -139,5 +139,10 @@ def load(directory: str | Path, **options: Any) -> Any:
     Raises:
         BadInput: no usable configuration, or a class that transformers does not have.
     """
-    config = load_config(directory)
-    return model_class_of(config).from_pretrained(directory, config=config, **options)
+    config = load_config(Path(directory))
+    try:
+        return model_class_of(config).from_pretrained(directory, config=config, **options)
+    except PatchError as error:
+        raise BadInput(
+            "config.json replaces modules that this model does not have", found=str(error)
+        ) from error

@@ -23,6 +23,7 @@ from regauge import modeling_regauge
 from regauge.errors import BadInput, CheckpointError, Refused, TraceError
 from regauge.inputs import example_inputs
 from regauge.modeling_regauge import KEY, MODEL_TYPE, auto_names, config_class, model_class, stock
+from regauge.patch_schema import check_patches
 from regauge.patches import merged
 
 LARGE = 1 << 16
@@ -115,6 +116,7 @@ def load_config(source: Any) -> Any:
             found="config.json has a quantization_config",
             way_out="dequantise the checkpoint first",
         )
+    check_patches(content)
     name = content.get("model_type")
     if not isinstance(name, str):
         raise BadInput("config.json has no model_type", way_out="use a directory saved by transformers")
@@ -141,7 +143,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise BadInput(
             f"{directory} has no config.json", way_out="give a directory saved by save_pretrained"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError, RecursionError) as error:
         raise BadInput(f"{path} cannot be read", found=f"{type(error).__name__}: {error}") from error
     if not isinstance(content, dict):
         raise BadInput(f"{path} is not a JSON object", found=type(content).__name__)
@@ -160,10 +162,10 @@ def model_class_of(config: Any) -> Any:
 
 def patched_config(config: Mapping[str, Any], patches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Changes to the top level of ``config.json`` after which the model has these modules replaced."""
-    before = config.get(KEY) or {"model_type": config["model_type"], "patches": []}
+    before = config.get(KEY) or {"stock_type": config["model_type"], "patches": []}
     held = merged(before["patches"], patches)
     cls = _stock_class(load_config(dict(config)))
-    names = {"AutoConfig": cls.config_class.__name__}  # type: ignore[attr-defined]
+    names = {"AutoConfig": config_class(cls.config_class).__name__}  # type: ignore[attr-defined]
     names |= dict.fromkeys(auto_names(cls), cls.__name__)
     return {
         "architectures": [cls.__name__],
@@ -171,16 +173,19 @@ def patched_config(config: Mapping[str, Any], patches: Sequence[Mapping[str, Any
         "auto_map": {
             auto: f"{modeling_regauge.__name__.rpartition('.')[2]}.{name}" for auto, name in names.items()
         },
-        KEY: {"format": 1, "model_type": before["model_type"], "patches": [dict(patch) for patch in held]},
+        KEY: {"format": 1, "stock_type": before["stock_type"], "patches": [dict(patch) for patch in held]},
     }
 
 
 def _stock_class(config: Any) -> type[nn.Module]:
     import transformers
 
-    for name in config.architectures or ():
+    named = config.architectures or ()
+    if not isinstance(named, (list, tuple)) or not all(isinstance(name, str) for name in named):
+        raise BadInput("'architectures' is not a list of class names", found=repr(named)[:100])
+    for name in named:
         cls = getattr(transformers, name, None)
-        if isinstance(cls, type) and issubclass(cls, nn.Module):
+        if isinstance(cls, type) and issubclass(cls, nn.Module) and getattr(cls, "config_class", None):
             return cls
     if config.architectures:
         raise BadInput(

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 KEY = "regauge"
+PREFIX = "Regauge"
 MODEL_TYPE = "regauge"
 """Model type on the disk: stock transformers must not take the checkpoint for one of its own."""
 
@@ -59,7 +60,8 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size, **here)) if weight else None
         self.bias = nn.Parameter(torch.zeros(size, **here)) if bias else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        x = input
         if self.form == "layer":
             y = functional.layer_norm(x, (self.size,), self.weight, self.bias, self.eps)
         elif self.form == "rms":
@@ -80,30 +82,28 @@ class Norm(nn.Module):
         return f"{self.form}, {self.size}, eps={self.eps}" + "".join(f", {name}" for name in has)
 
 
-class Linear(nn.Module):
-    """y[…, o] = Σ_i x[…, i] W[o, i] + b[o]; W is stored [out, in], or [in, out] if ``transposed``."""
+class TransposedLinear(nn.Module):
+    """y[…, o] = Σ_i x[…, i] W[i, o] + b[o]; W is stored [in, out]."""
 
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        bias: bool,
-        transposed: bool = False,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: bool, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
-        self.transposed = transposed
-        shape = (inputs, outputs) if transposed else (outputs, inputs)
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty((inputs, outputs), device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(outputs, device=device, dtype=dtype)) if bias else None
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
+        return functional.linear(x, self.weight.t(), self.bias)
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, bias={self.bias is not None}, transposed={self.transposed}"
+        return f"{tuple(self.weight.shape)}, bias={self.bias is not None}"
+
+
+def linear(
+    inputs: int, outputs: int, bias: bool, transposed: bool = False, device: Any = None, dtype: Any = None
+) -> nn.Module:
+    """y[…, o] = Σ_i x[…, i] W[o, i] + b[o]; W is stored [out, in], or [in, out] if ``transposed``."""
+    kind: Any = TransposedLinear if transposed else nn.Linear
+    return kind(inputs, outputs, bias, device=device, dtype=dtype)
 
 
 class Convolution(nn.Module):
@@ -129,28 +129,26 @@ class Convolution(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs, device=device, dtype=dtype)) if bias else None
         nn.init.normal_(self.weight, std=0.02)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[self.weight.dim() - 3]
-        return convolve(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return convolve(input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, stride={self.stride}, padding={self.padding}"
 
 
 class Affine(nn.Module):
-    """y[n, c, …] = g[c] · x[n, c, …] + b[c]; g or b may be absent. ``positions``: axes after the channels."""
+    """y[n, c, …] = g[c] · x[n, c, …] + b[c]; g or b may be absent."""
 
-    def __init__(
-        self, size: int, positions: int, weight: bool, bias: bool, device: Any = None, dtype: Any = None
-    ) -> None:
+    def __init__(self, size: int, weight: bool, bias: bool, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
-        self.shape = (size, *(1,) * positions)
         self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype)) if weight else None
         self.bias = nn.Parameter(torch.zeros(size, device=device, dtype=dtype)) if bias else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x if self.weight is None else x * self.weight.reshape(self.shape)
-        return y if self.bias is None else y + self.bias.reshape(self.shape)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        shape = (-1, *(1,) * (input.dim() - 2))
+        y = input if self.weight is None else input * self.weight.reshape(shape)
+        return y if self.bias is None else y + self.bias.reshape(shape)
 
 
 class Identity(nn.Module):
@@ -159,25 +157,24 @@ class Identity(nn.Module):
     def __init__(self, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input
 
 
 MODULES: dict[str, Any] = {
     "norm": Norm,
-    "linear": Linear,
+    "linear": linear,
     "convolution": Convolution,
     "affine": Affine,
     "identity": Identity,
 }
 
 
-def center_input(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """x[…, c] ← x[…, c] − mean_c x[…, c] for the first tensor that a module is called with."""
-    held = [*args, *kwargs.values()]
-    place = next(i for i, value in enumerate(held) if isinstance(value, torch.Tensor))
-    held[place] = held[place] - held[place].mean(-1, keepdim=True)
-    return tuple(held[: len(args)]), dict(zip(kwargs, held[len(args) :], strict=True))
+def center_input(module: nn.Module, args: Any) -> Any:
+    """x[…, c] ← x[…, c] − mean_c x[…, c] for the first positional argument."""
+    if not args or not isinstance(args[0], torch.Tensor) or not args[0].is_floating_point():
+        raise TypeError("the module is not called with a floating-point tensor as its first argument")
+    return (args[0] - args[0].mean(-1, keepdim=True), *args[1:])
 
 
 HOOKS: dict[str, Any] = {"center-input": center_input}
@@ -191,22 +188,35 @@ def apply_patches(model: nn.Module, patches: Any) -> nn.Module:
         patches: mappings with ``path``, ``module`` (a key of ``MODULES`` with its arguments, or of ``HOOKS``:
             what is done to the input of the module at ``path``).
     """
+    modules = dict(model.named_modules())
     for patch in patches:
         options = dict(patch)
         path, kind = options.pop("path"), options.pop("module")
+        if not path or path not in modules or (kind not in MODULES and kind not in HOOKS):
+            raise PatchError(f"{path}: unknown replacement {kind}, or no such module")
+        old = modules[path]
         if kind in HOOKS:
-            model.get_submodule(path).register_forward_pre_hook(HOOKS[kind], with_kwargs=True)
+            old.register_forward_pre_hook(HOOKS[kind])
             continue
-        if kind not in MODULES:
-            raise ValueError(f"{path}: unknown replacement {kind}; a newer version may know it")
-        old = model.get_submodule(path)
+        if any(getattr(old, held) for held in ("_forward_hooks", "_forward_pre_hooks")):
+            raise PatchError(f"{path}: the module has hooks, which its replacement would not run")
         like = next(iter((*old.parameters(), *old.buffers(), *model.parameters())), None)
         where: dict[str, Any] = {} if like is None else {"device": like.device, "dtype": like.dtype}
-        new = MODULES[kind](**options, **where)
+        try:
+            new = MODULES[kind](**options, **where)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise PatchError(f"{path}: {error}") from error
+        held = dict(old.named_parameters())
+        for name, parameter in new.named_parameters():
+            parameter.requires_grad_(name not in held or held[name].requires_grad)
         new.train(old.training)
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
     return model
+
+
+class PatchError(ValueError):
+    """A patch that cannot be applied to this model."""
 
 
 @functools.cache
@@ -231,9 +241,9 @@ def config_class(base: Any) -> Any:
         "to_diff_dict": to_diff_dict,
         "_auto_class": "AutoConfig",
         "__module__": __name__,
-        "__qualname__": base.__name__,
     }
-    return type(base.__name__, (base,), body)
+    # Another name than that of ``base``: what transformers knows of ``base`` must not be found for this one.
+    return type(f"{PREFIX}{base.__name__}", (base,), body)
 
 
 @functools.cache
@@ -260,7 +270,7 @@ def stock(content: Any) -> Any:
     """The content of ``config.json`` under the model type it had before its structure was changed."""
     if content.get("model_type") != MODEL_TYPE:
         return content
-    return {**content, "model_type": content[KEY]["model_type"]}
+    return {**content, "model_type": content[KEY]["stock_type"]}
 
 
 def auto_names(base: Any) -> list[str]:
@@ -280,7 +290,7 @@ def __getattr__(name: str) -> Any:
     """``auto_map`` names classes of transformers; what is found here is the patched one."""
     import transformers
 
-    base = None if name.startswith("_") else getattr(transformers, name, None)
+    base = None if name.startswith("_") else getattr(transformers, name.removeprefix(PREFIX), None)
     if not isinstance(base, type):
         raise AttributeError(f"module {__name__} has no attribute {name}")
     return config_class(base) if issubclass(base, transformers.PreTrainedConfig) else model_class(base)

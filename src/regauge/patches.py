@@ -14,12 +14,22 @@ from typing import Any
 
 from torch import fx, nn
 
-from regauge.errors import Refused
+from regauge.errors import BadInput, Refused
 from regauge.interpret import op_name
-from regauge.modeling_regauge import HOOKS, apply_patches
-from regauge.trace import Trace, module_path
+from regauge.modeling_regauge import HOOKS, Convolution, Norm, PatchError, TransposedLinear, apply_patches
+from regauge.trace import Trace, module_class, module_path
 
 Patch = Mapping[str, Any]
+
+_KINDS = (
+    *(nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, Norm, TransposedLinear, Convolution),
+)
+PLAIN = frozenset(
+    (*(f"{kind.__module__}.{kind.__qualname__}" for kind in _KINDS), "transformers.pytorch_utils.Conv1D")
+)
+"""Classes whose code is known to do the same whatever comes in. A trace shows one path through a module; any
+other class may take another path on other inputs, which a replacement would not."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ def replaceable(trace: Trace) -> dict[str, Replaceable]:
             parent = parent.rpartition(".")[0]
     found: dict[str, Replaceable] = {}
     for path, nodes in inside.items():
-        if path and path not in nested:
+        if path and path not in nested and module_class(nodes[0]) in PLAIN:
             known = (
                 _norm(trace, path, nodes) or _linear(trace, path, nodes) or _convolution(trace, path, nodes)
             )
@@ -81,8 +91,10 @@ def owners(trace: Trace, nodes: Iterable[str]) -> dict[str, Replaceable]:
             raise Refused(
                 "an operation cannot be replaced: it does not make up a module of its own",
                 node=f"{name} in {module_path(node) or 'the model'}",
-                expected="a module that does this operation and nothing else",
-                found="other operations in it" if module is None else f"it is also called as {missing[0]}",
+                expected="a LayerNorm of torch that holds its own parameters, shared with nothing",
+                found="another class of module, or parameters with two names"
+                if module is None
+                else f"it is also called as {missing[0]}",
             )
         found[module.path] = module
     return found
@@ -100,13 +112,27 @@ _ARGUMENTS = {
 
 
 def restructured(model: nn.Module, copies: Iterable[str], patches: Sequence[Patch]) -> nn.Module:
-    """A deep copy of a model with a parameter of its own under each name of ``copies``, and patched."""
-    changed = copy.deepcopy(model)
+    """A deep copy of a model with a parameter of its own under each name of ``copies``, and patched.
+
+    Raises:
+        BadInput: the model cannot be copied; Refused: a module to be replaced has hooks.
+    """
+    try:
+        changed = copy.deepcopy(model)
+    except RuntimeError as error:
+        raise BadInput(
+            "the module cannot be copied",
+            found=str(error).splitlines()[0],
+            way_out="remove parametrisations of the old kind (torch.nn.utils.remove_weight_norm) first",
+        ) from error
     for name in copies:
         owner, _, leaf = name.rpartition(".")
         held = changed.get_submodule(owner)
         setattr(held, leaf, nn.Parameter(getattr(held, leaf).detach().clone()))
-    return apply_patches(changed, patches)
+    try:
+        return apply_patches(changed, patches)
+    except PatchError as error:
+        raise Refused("a module cannot be replaced", found=str(error)) from error
 
 
 def _norm(trace: Trace, path: str, nodes: list[fx.Node]) -> Replaceable | None:
@@ -175,6 +201,8 @@ def _linear(trace: Trace, path: str, nodes: list[fx.Node]) -> Replaceable | None
         return None
     ((weight, bias, transposed),) = held
     assert weight is not None
+    if len(trace.shapes[trace.canonical[weight]]) != 2:
+        return None
     rows, columns = trace.shapes[trace.canonical[weight]]
     outputs, inputs = (columns, rows) if transposed else (rows, columns)
     patch = {
@@ -246,4 +274,6 @@ def _own(trace: Trace, path: str, value: Any) -> str | None:
     if not isinstance(value, fx.Node) or value.name not in trace.parameters:
         return None
     name = trace.parameters[value.name]
+    if any(module_path(user) != path for user in value.users):
+        return None
     return name if trace.aliases[name] == (name,) and name.rpartition(".")[0] == path else None

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from regauge.discover import Gauge
-from regauge.moves import MOVES, Scene, State
+from regauge.errors import Refused, TraceError
+from regauge.moves import MOVES, Change, Scene, State
 from regauge.patches import merged, replaceable
 from regauge.plan import Rewrite
 from regauge.recipe import Recipe, check_move
@@ -58,7 +59,7 @@ def make_plan(
         used = [asdict(item) | {"move": spec.name, "place": place} for item in change.used]
         rewrite = Rewrite(
             steps=_merged({n: s for n, s in rewrite.steps.items() if n not in change.made}, change.steps),
-            copies=_copied(rewrite, change.copies),
+            copies=_copied(rewrite, change),
             made={n: m for n, m in {**rewrite.made, **change.made}.items() if n not in change.drops},
             drops=(rewrite.drops | change.drops) - change.made.keys(),
             config={**rewrite.config, **change.config},
@@ -72,7 +73,13 @@ def make_plan(
             rewrite = replace(rewrite, steps={**rewrite.steps, **inherited})
         state = change.state or state
         if change.patches and retrace is not None:
-            gauge = retrace(rewrite)
+            try:
+                gauge = retrace(rewrite)
+            except TraceError as error:
+                raise Refused(
+                    f"{spec.name} replaces modules, and the model does not run with them replaced",
+                    found=error.found or error.message,
+                ) from error
             state = State(False, frozenset(state.folded & gauge.trace.shapes.keys()))
     if rewrite.patches:
         known = {path: dict(module.patch) for path, module in replaceable(first.trace).items()}
@@ -91,8 +98,10 @@ def _ordered(names: Iterable[str]) -> Iterable[str]:
     return dict.fromkeys(names)
 
 
-def _copied(rewrite: Rewrite, new: Mapping[str, str]) -> dict[str, str]:
-    return {**rewrite.copies, **new}
+def _copied(rewrite: Rewrite, change: Change) -> dict[str, str]:
+    """A copy that is dropped, or made anew, is a copy no longer."""
+    copies = {**rewrite.copies, **change.copies}
+    return {n: o for n, o in copies.items() if n not in change.drops and n not in change.made}
 
 
 def _mix(seed: int, place: int) -> int:

@@ -155,7 +155,7 @@ def rewrite(
             drops=tensor_drops(files, plan, names),
             dtype=dtype,
             config=config,
-            files=_code(config),
+            files=_code({**source_config, **config}),
         ) as staged:
             try:
                 total = staged.size_bytes

@@ -64,7 +64,14 @@ def module_path(node: fx.Node) -> str:
     if not stack:
         return ""
     path = next(reversed(stack.values()))[0]
-    return str(path).removeprefix("L['self'].").removeprefix("model_to_trace.")
+    path = str(path).removeprefix("L['self'].")
+    return "" if path == "model_to_trace" else path.removeprefix("model_to_trace.")
+
+
+def module_class(node: fx.Node) -> str:
+    """Qualified name of the class of that module."""
+    stack = node.meta.get("nn_module_stack")
+    return str(next(reversed(stack.values()))[1]) if stack else ""
 
 
 @contextmanager

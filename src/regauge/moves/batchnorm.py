@@ -12,10 +12,10 @@ from torch import fx
 from regauge.errors import Refused
 from regauge.interpret import op_name
 from regauge.moves.base import Change, Move, Option, Preserves, Scene
-from regauge.patches import Patch, Replaceable, replaceable
+from regauge.patches import PLAIN, Patch, Replaceable, replaceable
 from regauge.plan import Made, Step
 from regauge.steps import AffineStep
-from regauge.trace import module_path
+from regauge.trace import module_class, module_path
 
 HOMOGENEOUS = ("aten.relu", "aten.leaky_relu", "aten.relu_")
 """f(a x) = a f(x) for a > 0, entry by entry."""
@@ -56,8 +56,7 @@ def plan_fold_batchnorm(scene: Scene, options: Mapping[str, Any]) -> Change:
     for found in _batch_norms(scene):
         scale, shift = _affine(scene, found)
         writer, through = _writer(found, by_node)
-        positions = int(found.node.args[0].meta["val"].dim()) - 2  # type: ignore[union-attr]
-        held = {"path": found.path, "module": "affine", "size": len(scale), "positions": positions}
+        held = {"path": found.path, "module": "affine", "size": len(scale)}
         own = {name for name in (found.weight, found.bias, found.mean, found.variance) if name is not None}
         drops |= own
         if writer is not None and (not through or bool((scale > 0).all())):
@@ -96,13 +95,15 @@ def _batch_norms(scene: Scene) -> list[_Found]:
             inside.setdefault(module_path(node), []).append(node)
     found: list[_Found] = []
     for path, nodes in inside.items():
-        if not path or nodes[0].kwargs or [op_name(node) for node in nodes] not in _FORMS:
+        plain = module_class(nodes[0]) in PLAIN
+        if not path or not plain or nodes[0].kwargs or [op_name(node) for node in nodes] not in _FORMS:
             continue
         _, *given = nodes[0].args[:5]
         training, eps = (nodes[0].args[5], nodes[0].args[7]) if len(nodes) == 1 else (False, nodes[0].args[6])
         names = [None if arg is None else trace.parameters.get(arg.name, "") for arg in given]  # type: ignore[union-attr]
         mine = [n for n in names if n is not None]
-        alone = all(n.rpartition(".")[0] == path and trace.aliases[n] == (n,) for n in mine)
+        alone = all(n and n.rpartition(".")[0] == path and trace.aliases[n] == (n,) for n in mine)
+        alone = alone and all(set(arg.users) <= {nodes[0]} for arg in given if isinstance(arg, fx.Node))
         if training or None in names[2:] or not alone:
             continue
         weight, bias, mean, variance = names
@@ -130,7 +131,8 @@ def _writer(found: _Found, by_node: Mapping[str, Replaceable]) -> tuple[Replacea
     while isinstance(node, fx.Node) and len(node.users) == 1:
         module = by_node.get(node.name)
         if module is not None:
-            channel = 1 if module.patch["module"] == "convolution" else node.meta["val"].dim() - 1
+            positions = len(module.patch.get("kernel", ()))
+            channel = node.meta["val"].dim() - 1 - positions
             linear = module.patch["module"] in ("linear", "convolution")
             good = linear and len(module.nodes) == 1 and channel == 1
             return (module if good else None), through

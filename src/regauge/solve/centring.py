@@ -78,5 +78,6 @@ def _calls(graph: fx.Graph) -> dict[str, set[str]]:
     for node in graph.nodes:
         for call, (path, *_) in (node.meta.get("nn_module_stack") or {}).items():
             name = str(path).removeprefix("L['self'].").removeprefix("model_to_trace.")
+            name = "" if name == "model_to_trace" else name
             found.setdefault(name, set()).add(str(call))
     return found

@@ -1,0 +1,84 @@
+"""What a config may say about replaced modules. A config may come from a stranger: everything is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from regauge.errors import BadInput
+from regauge.modeling_regauge import KEY, MODEL_TYPE
+
+FORMAT = 1
+LARGEST = 1 << 31
+_NORM = {"form": str, "size": int, "eps": float, "weight": bool, "bias": bool}
+_CONVOLUTION = {"inputs": int, "outputs": int, "kernel": list, "stride": list, "padding": list}
+FIELDS: Mapping[str, Mapping[str, type]] = {
+    "norm": _NORM,
+    "linear": {"inputs": int, "outputs": int, "bias": bool, "transposed": bool},
+    "convolution": {**_CONVOLUTION, "dilation": list, "groups": int, "bias": bool},
+    "affine": {"size": int, "weight": bool, "bias": bool},
+    "identity": {},
+    "center-input": {},
+}
+"""Module -> its arguments; all of them are needed."""
+OPTIONAL: Mapping[str, Mapping[str, type]] = {"norm": {"center": bool}}
+
+
+def check_patches(content: Mapping[str, Any]) -> None:
+    """Check the key "regauge" of a ``config.json``; nothing if there is none.
+
+    Raises:
+        BadInput: anything but what this version writes.
+    """
+    patched = content.get("model_type") == MODEL_TYPE
+    if KEY not in content and not patched:
+        return
+    held = content.get(KEY)
+    if not patched or not isinstance(held, Mapping):
+        raise _bad("model_type and the key 'regauge' do not go together", content.get("model_type"))
+    if held.get("format") != FORMAT or not isinstance(held.get("stock_type"), str):
+        raise _bad(f"format {FORMAT} with a stock_type", (held.get("format"), held.get("stock_type")))
+    patches = held.get("patches")
+    if not isinstance(patches, list):
+        raise _bad("a list of patches", patches)
+    seen: set[tuple[str, bool]] = set()
+    for patch in patches:
+        _check(patch)
+        key = (patch["path"], patch["module"] == "center-input")
+        if key in seen:
+            raise _bad("one replacement for each module", patch["path"])
+        seen.add(key)
+
+
+def _check(patch: Any) -> None:
+    if not isinstance(patch, Mapping) or not isinstance(patch.get("path"), str) or not patch["path"]:
+        raise _bad("a patch with a path", patch)
+    module = patch.get("module")
+    if not isinstance(module, str) or module not in FIELDS:
+        raise _bad(f"one of {', '.join(FIELDS)}", module)
+    fields = {"path": str, "module": str, **FIELDS[module]}
+    allowed = {**fields, **OPTIONAL.get(module, {})}
+    if not fields.keys() <= patch.keys() <= allowed.keys():
+        raise _bad(f"the fields {', '.join(fields)}", sorted(map(str, patch)))
+    for name, kind in allowed.items():
+        if name in patch and not _fits(patch[name], kind):
+            raise _bad(f"{name} of type {kind.__name__}, within bounds", patch[name])
+
+
+def _fits(value: Any, kind: type) -> bool:
+    if kind is list:
+        return isinstance(value, list) and 1 <= len(value) <= 3 and all(_fits(item, int) for item in value)
+    if kind is int:
+        return type(value) is int and 0 <= value < LARGEST
+    if kind is float:
+        return type(value) in (int, float) and 0 <= value < 1e6
+    return type(value) is kind
+
+
+def _bad(expected: str, found: Any) -> BadInput:
+    return BadInput(
+        "config.json holds structure patches that cannot be used",
+        expected=expected,
+        found=repr(found)[:200],
+        way_out="write the directory again with this version of regauge",
+    )
