@@ -30,7 +30,7 @@ from harness import machine, memory, ratio, save, table, worker
 MOVES: dict[str, list[Any]] = {
     "gemma-3-270m": ["fold-scales", {"name": "rotate", "space": "heads"}, "permute"],
     "whisper-tiny.en": [{"name": "rotate", "space": "heads"}, "permute"],
-    "llama-8gb": ["fold-scales", {"name": "rotate", "space": "all", "style": "hadamard"}, "permute"],
+    "llama-8gb": ["fold-scales", {"name": "rotate", "style": "householder"}, "permute"],
 }
 MEMORY: dict[str, int | None] = {"llama-8gb": 512 << 20}
 BARS: dict[str, dict[str, float]] = {
