@@ -109,7 +109,12 @@ def apply_rewrite(
     read = written = peak = 0
     rounding: dict[str, float] = {}
     for entry in out.entries.values():
-        if view is not None and entry.name in parameters and not out.finished(entry.name):
+        if out.finished(entry.name):
+            count["resumed"] += 1
+            if progress is not None:
+                progress(entry.nbytes)
+            continue
+        if view is not None and entry.name in parameters:
             exact = view.read(parameters[entry.name])
             result = exact.to(DTYPES[entry.kind])
             if not all_finite(result):
@@ -118,13 +123,8 @@ def apply_rewrite(
             count["computed"] += 1
             written += entry.nbytes
             continue
-        job = jobs.get(entry.name) or Job(entry.name, made.get(entry.name, (entry.name,))[0], ())
+        job = jobs.get(entry.name) or Job(entry.name, entry.name, ())
         recast = source.entry(job.origin).kind != entry.kind
-        if out.finished(entry.name):
-            count["resumed"] += 1
-            if progress is not None:
-                progress(entry.nbytes)
-            continue
         if job.steps or recast:
             work = _Work(source, job, DTYPES[entry.kind], budget, measure_rounding)
             out.write(entry.name, work.blocks(), work.axis, progress)

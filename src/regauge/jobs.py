@@ -47,10 +47,7 @@ def tensor_made(source: Checkpoint, rewrite: Rewrite, names: Names) -> dict[str,
 def tensor_drops(source: Checkpoint, rewrite: Rewrite, names: Names) -> frozenset[str]:
     """Tensors that the result no longer stores."""
     kept = {tensor for name in names if name not in rewrite.drops for tensor in stored_as(name, names)}
-    gone = tuple(f"{p['path']}." for p in rewrite.patches if p["module"] in ("identity", "affine"))
-    left_out = [name for name in names if name in rewrite.drops or (name.startswith(gone) and gone)]
-    left_out = [name for name in left_out if name not in rewrite.made and name not in rewrite.copies]
-    dropped = {tensor for name in left_out for tensor in _tensors(source, name, names)}
+    dropped = {tensor for name in rewrite.drops if name in names for tensor in _tensors(source, name, names)}
     return frozenset(dropped - kept - set(tensor_made(source, rewrite, names)))
 
 

@@ -38,7 +38,6 @@ class Norm(nn.Module):
         size: entries of the last axis of x, and of y.
         eps: added to s.
         weight, bias: whether g and b exist.
-        center: whether y has its mean subtracted.
     """
 
     def __init__(
@@ -48,14 +47,13 @@ class Norm(nn.Module):
         eps: float,
         weight: bool = False,
         bias: bool = False,
-        center: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
         if form not in ("layer", "rms", "crms", "chart"):
             raise ValueError(f"unknown form of norm: {form}")
-        self.form, self.size, self.eps, self.center = form, size, eps, center
+        self.form, self.size, self.eps = form, size, eps
         here = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.ones(size, **here)) if weight else None
         self.bias = nn.Parameter(torch.zeros(size, **here)) if bias else None
@@ -75,7 +73,7 @@ class Norm(nn.Module):
             y = (z * torch.rsqrt(total / (self.size + 1) + self.eps)).to(x.dtype)
             y = y if self.weight is None else y * self.weight
             y = y if self.bias is None else y + self.bias
-        return y - y.mean(-1, keepdim=True) if self.center else y
+        return y
 
     def extra_repr(self) -> str:
         has = [name for name in ("weight", "bias") if getattr(self, name) is not None]

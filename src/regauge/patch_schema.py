@@ -21,7 +21,6 @@ FIELDS: Mapping[str, Mapping[str, type]] = {
     "center-input": {},
 }
 """Module -> its arguments; all of them are needed."""
-OPTIONAL: Mapping[str, Mapping[str, type]] = {"norm": {"center": bool}}
 
 
 def check_patches(content: Mapping[str, Any]) -> None:
@@ -57,11 +56,10 @@ def _check(patch: Any) -> None:
     if not isinstance(module, str) or module not in FIELDS:
         raise _bad(f"one of {', '.join(FIELDS)}", module)
     fields = {"path": str, "module": str, **FIELDS[module]}
-    allowed = {**fields, **OPTIONAL.get(module, {})}
-    if not fields.keys() <= patch.keys() <= allowed.keys():
+    if fields.keys() != patch.keys():
         raise _bad(f"the fields {', '.join(fields)}", sorted(map(str, patch)))
-    for name, kind in allowed.items():
-        if name in patch and not _fits(patch[name], kind):
+    for name, kind in fields.items():
+        if not _fits(patch[name], kind):
             raise _bad(f"{name} of type {kind.__name__}, within bounds", patch[name])
 
 

@@ -52,26 +52,21 @@ class Replaceable:
 
 def replaceable(trace: Trace) -> dict[str, Replaceable]:
     """Path -> every module that can be replaced by one of ours, in order of first use."""
-    inside: dict[str, list[fx.Node]] = {}
-    nested: set[str] = set()
-    for node in trace.graph.nodes:
-        if node.op != "call_function":
-            continue
-        path = module_path(node)
-        inside.setdefault(path, []).append(node)
-        parent = path.rpartition(".")[0]
-        while parent:
-            nested.add(parent)
-            parent = parent.rpartition(".")[0]
     found: dict[str, Replaceable] = {}
-    for path, nodes in inside.items():
-        if path and path not in nested and module_class(nodes[0]) in PLAIN:
-            known = (
-                _norm(trace, path, nodes) or _linear(trace, path, nodes) or _convolution(trace, path, nodes)
-            )
-            if known is not None:
-                found[path] = known
+    for path, nodes in plain_modules(trace).items():
+        known = _norm(trace, path, nodes) or _linear(trace, path, nodes) or _convolution(trace, path, nodes)
+        if known is not None:
+            found[path] = known
     return found
+
+
+def plain_modules(trace: Trace) -> dict[str, list[fx.Node]]:
+    """Path of every module of a class in ``PLAIN`` -> its operations, in order of first use."""
+    inside: dict[str, list[fx.Node]] = {}
+    for node in trace.graph.nodes:
+        if node.op == "call_function" and module_class(node) in PLAIN:
+            inside.setdefault(module_path(node), []).append(node)
+    return {path: nodes for path, nodes in inside.items() if path}
 
 
 def owners(trace: Trace, nodes: Iterable[str]) -> dict[str, Replaceable]:
@@ -156,10 +151,10 @@ def _norm(trace: Trace, path: str, nodes: list[fx.Node]) -> Replaceable | None:
             return None
         form = "layer" if name == "aten.layer_norm" else "rms"
         options.append({"form": form, "size": shape[0], "eps": 1e-5 if eps is None else float(eps)})
-        held.add((_own(trace, path, weight), _own(trace, path, bias)))
+        held.add((own_parameter(trace, path, weight), own_parameter(trace, path, bias)))
         calls.append(node)
-        if (weight is not None and _own(trace, path, weight) is None) or (
-            bias is not None and _own(trace, path, bias) is None
+        if (weight is not None and own_parameter(trace, path, weight) is None) or (
+            bias is not None and own_parameter(trace, path, bias) is None
         ):
             return None
     if not calls or len(held) != 1 or any(option != options[0] for option in options):
@@ -186,7 +181,7 @@ def _linear(trace: Trace, path: str, nodes: list[fx.Node]) -> Replaceable | None
             transposed = name == "aten.addmm"
             if isinstance(weight, fx.Node) and op_name(weight) == "aten.t" and weight in nodes:
                 weight, transposed = weight.args[0], not transposed
-            own = _own(trace, path, weight), _own(trace, path, bias)
+            own = own_parameter(trace, path, weight), own_parameter(trace, path, bias)
             if node.kwargs or own[0] is None or (bias is not None and own[1] is None):
                 return None
             held.add((*own, transposed))
@@ -195,7 +190,7 @@ def _linear(trace: Trace, path: str, nodes: list[fx.Node]) -> Replaceable | None
             before = nodes[number - 1] if number else None
             if not (before in calls and node.args[0] is before) and not _flattens(node):
                 return None
-        elif name != "aten.t" or _own(trace, path, node.args[0]) is None:
+        elif name != "aten.t" or own_parameter(trace, path, node.args[0]) is None:
             return None
     if not calls or len(held) != 1:
         return None
@@ -228,7 +223,7 @@ def _convolution(trace: Trace, path: str, nodes: list[fx.Node]) -> Replaceable |
             return None
         count = _CONVOLUTIONS[name]
         args: list[Any] = [*node.args, *[None] * (7 - len(node.args))]
-        weight, bias = _own(trace, path, args[1]), _own(trace, path, args[2])
+        weight, bias = own_parameter(trace, path, args[1]), own_parameter(trace, path, args[2])
         if weight is None or (args[2] is not None and bias is None) or isinstance(args[4], str):
             return None
         spread = [_each(args[3], 1, count), _each(args[4], 0, count), _each(args[5], 1, count)]
@@ -269,7 +264,7 @@ def _flattens(node: fx.Node) -> bool:
     return len(after) == 2 and before[-1] == after[-1]
 
 
-def _own(trace: Trace, path: str, value: Any) -> str | None:
+def own_parameter(trace: Trace, path: str, value: Any) -> str | None:
     """State-dict name of a parameter that this module holds and that has no other name."""
     if not isinstance(value, fx.Node) or value.name not in trace.parameters:
         return None

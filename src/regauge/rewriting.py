@@ -54,30 +54,6 @@ class RewriteResult:
     rewrite: Rewrite = field(repr=False)
 
 
-class _Exact:
-    """Weights as the plan leaves them, in float64 and not rounded, for the certificate.
-
-    It tells along which axes a part costs no more than its share: no part is computed again for the next.
-    """
-
-    def __init__(self, view: RewrittenView) -> None:
-        self._view = view
-
-    def __call__(self, name: str) -> torch.Tensor:
-        return self._view.read(name)
-
-    def rows(self, name: str, index: torch.Tensor) -> torch.Tensor:
-        flat = index.reshape(-1)
-        rows = self._view.rows(name, flat)
-        return rows.reshape(*index.shape, *rows.shape[1:])
-
-    def cuts(self, name: str) -> tuple[int, ...]:
-        return self._view.cuts(name)
-
-    def read_rows(self, name: str, start: int, stop: int, axis: int = 0) -> torch.Tensor:
-        return self._view.read_rows(name, start, stop, axis)
-
-
 def rewrite(
     source: str | Path,
     out: str | Path,
@@ -138,6 +114,7 @@ def rewrite(
         )
         # A copy that the checkpoint does not store yet is a new tensor of its own name.
         names = {n: t for n, t in names.items() if n not in plan.copies or t != names[plan.copies[n]]}
+        view = RewrittenView(files, plan, names)
         clock.lap("plan")
         config = _config(source_config, plan)
         if dtype is not None:
@@ -172,7 +149,7 @@ def rewrite(
                 clock.lap("write")
                 tell("checking what was written", 0, 1)
                 with Checkpoint.open(staged.directory) as result:
-                    written = check_written(result, RewrittenView(files, plan, names), plan, names)
+                    written = check_written(result, view, plan, names)
                 clock.lap("check")
                 tell("certifying", 0, 1)
                 certificate = certify(
@@ -181,7 +158,7 @@ def rewrite(
                     text=text,
                     seed=seed,
                     max_memory=max_memory,
-                    weights_b_exact=_Exact(RewrittenView(files, plan, names)),
+                    weights_b_exact=view,
                 )
                 certificate = replace(certificate, b=replace(certificate.b, name=target.name))
                 clock.lap("certify")

@@ -63,7 +63,11 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = next(reversed(stack.values()))[0]
+    return plain_path(next(reversed(stack.values()))[0])
+
+
+def plain_path(path: Any) -> str:
+    """A path of the exporter as the model has it; empty for the model itself."""
     path = str(path).removeprefix("L['self'].")
     return "" if path == "model_to_trace" else path.removeprefix("model_to_trace.")
 

@@ -85,6 +85,12 @@ class FunctionEvidence:
     bits: bool
     floor_b: Figures | None = None
 
+    @property
+    def rounding(self) -> float:
+        """One rounding floor: that of a, or of b if it is more, at most ``COARSE`` times that of a."""
+        floor = self.floor.relative
+        return floor if self.floor_b is None else max(floor, min(self.floor_b.relative, COARSE * floor))
+
 
 def compare_functions(
     a: Function,
@@ -175,9 +181,7 @@ def judge(
     everything = (evidence.exact, evidence.float64, evidence.stored, evidence.floor, evidence.stored_floor)
     if not all(figures.finite for figures in everything if figures is not None):
         return Verdict.DIFFERENT, "an output is NaN, or infinite in one of the two only"
-    error, floor = evidence.float64.relative, evidence.floor.relative
-    if evidence.floor_b is not None:
-        floor = max(floor, min(evidence.floor_b.relative, COARSE * floor))
+    error, floor = evidence.float64.relative, evidence.rounding
     bound = factor * floor
     if evidence.exact is not None and evidence.exact.relative >= exact:
         reason = f"relative error {evidence.exact.relative:.2e} in float64, before any rounding"

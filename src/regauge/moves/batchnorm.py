@@ -12,10 +12,9 @@ from torch import fx
 from regauge.errors import Refused
 from regauge.interpret import op_name
 from regauge.moves.base import Change, Move, Option, Preserves, Scene
-from regauge.patches import PLAIN, Patch, Replaceable, replaceable
+from regauge.patches import Patch, Replaceable, own_parameter, plain_modules, replaceable
 from regauge.plan import Made, Step
 from regauge.steps import AffineStep
-from regauge.trace import module_class, module_path
 
 HOMOGENEOUS = ("aten.relu", "aten.leaky_relu", "aten.relu_")
 """f(a x) = a f(x) for a > 0, entry by entry."""
@@ -58,7 +57,7 @@ def plan_fold_batchnorm(scene: Scene, options: Mapping[str, Any]) -> Change:
         writer, through = _writer(found, by_node)
         held = {"path": found.path, "module": "affine", "size": len(scale)}
         own = {name for name in (found.weight, found.bias, found.mean, found.variance) if name is not None}
-        drops |= own
+        drops |= own | {name for name in scene.trace.buffers.values() if name.startswith(f"{found.path}.")}
         if writer is not None and (not through or bool((scale > 0).all())):
             rest = None if through else shift
             patches += _into(writer, scale, rest, steps, made)
@@ -89,26 +88,16 @@ def plan_fold_batchnorm(scene: Scene, options: Mapping[str, Any]) -> Change:
 
 def _batch_norms(scene: Scene) -> list[_Found]:
     trace = scene.trace
-    inside: dict[str, list[fx.Node]] = {}
-    for node in trace.graph.nodes:
-        if node.op == "call_function":
-            inside.setdefault(module_path(node), []).append(node)
     found: list[_Found] = []
-    for path, nodes in inside.items():
-        plain = module_class(nodes[0]) in PLAIN
-        if not path or not plain or nodes[0].kwargs or [op_name(node) for node in nodes] not in _FORMS:
+    for path, nodes in plain_modules(trace).items():
+        if nodes[0].kwargs or [op_name(node) for node in nodes] not in _FORMS:
             continue
         _, *given = nodes[0].args[:5]
         training, eps = (nodes[0].args[5], nodes[0].args[7]) if len(nodes) == 1 else (False, nodes[0].args[6])
-        names = [None if arg is None else trace.parameters.get(arg.name, "") for arg in given]  # type: ignore[union-attr]
-        mine = [n for n in names if n is not None]
-        alone = all(n and n.rpartition(".")[0] == path and trace.aliases[n] == (n,) for n in mine)
-        alone = alone and all(set(arg.users) <= {nodes[0]} for arg in given if isinstance(arg, fx.Node))
-        if training or None in names[2:] or not alone:
+        weight, bias, mean, variance = names = [own_parameter(trace, path, arg) for arg in given]
+        alone = all(name is not None or arg is None for name, arg in zip(names, given, strict=True))
+        if training or not alone or mean is None or variance is None:
             continue
-        weight, bias, mean, variance = names
-        assert mean is not None
-        assert variance is not None
         found.append(_Found(nodes[0], path, weight, bias, mean, variance, float(eps)))  # type: ignore[arg-type]
     return found
 

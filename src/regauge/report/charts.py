@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from regauge.certify.measure import COARSE, FunctionEvidence
 from regauge.report.figures import Spread
 from regauge.report.gathering import Report
 from regauge.report.names import layer, role
@@ -47,16 +46,10 @@ def certificate_rows(report: Report) -> list[tuple[str, str, float]]:
     return [(key, label, figures.relative) for key, label, figures in named if figures is not None]
 
 
-def floor_of(evidence: FunctionEvidence) -> float:
-    """The relative error of one rounding floor, as :func:`regauge.certify.measure.judge` has it."""
-    floor = evidence.floor.relative
-    return floor if evidence.floor_b is None else max(floor, min(evidence.floor_b.relative, COARSE * floor))
-
-
 def certificate_chart(report: Report) -> dict[str, Any]:
     """Relative errors on one logarithmic axis; those in float64 beside the threshold and three floors."""
     rows = certificate_rows(report)
-    floor = floor_of(report.certificate.evidence)
+    floor = report.certificate.evidence.rounding
     marks = [{"label": "counts as exact", "value": report.certificate.exact_threshold}]
     allowed = report.certificate.floor_factor * floor
     if 0 < allowed < float("inf"):

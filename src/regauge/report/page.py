@@ -9,7 +9,7 @@ from importlib import resources
 
 from regauge.certify import Verdict
 from regauge.report import sections
-from regauge.report.charts import certificate_chart, charts, floor_of
+from regauge.report.charts import certificate_chart, charts
 from regauge.report.gathering import Report
 from regauge.report.markup import Child, Markup, data, h
 from regauge.report.plots import activations, spectra, weights
@@ -140,7 +140,7 @@ def _tiles(report: Report) -> Sequence[tuple[str, Child, str]]:
     tiles: list[tuple[str, Child, str]] = []
     if evidence.exact is not None:
         tiles.append(("exact error", scientific(evidence.exact.relative), "float64, before rounding"))
-    floor = floor_of(evidence)
+    floor = evidence.rounding
     ratio = (
         f"{short(round(evidence.float64.relative / floor, 2))} rounding floors"
         if floor

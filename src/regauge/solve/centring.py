@@ -16,7 +16,7 @@ from regauge.interpret import Walk, op_name
 from regauge.solve.blind import Blind
 from regauge.solve.layout import Layout
 from regauge.solve.zero_mean import zero_mean_inputs
-from regauge.trace import module_path
+from regauge.trace import module_path, plain_path
 
 
 def entrances(
@@ -77,7 +77,5 @@ def _calls(graph: fx.Graph) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for node in graph.nodes:
         for call, (path, *_) in (node.meta.get("nn_module_stack") or {}).items():
-            name = str(path).removeprefix("L['self'].").removeprefix("model_to_trace.")
-            name = "" if name == "model_to_trace" else name
-            found.setdefault(name, set()).add(str(call))
+            found.setdefault(plain_path(path), set()).add(str(call))
     return found
