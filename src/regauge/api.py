@@ -13,8 +13,9 @@ from regauge.atlas import Atlas
 from regauge.certify import Certificate, certify_modules
 from regauge.discover import Gauge, discover
 from regauge.errors import BadInput, NotEquivalent
+from regauge.growing.fit import Trial, trial_of
 from regauge.hf import load_config, model_class_of
-from regauge.modeling_regauge import HOOKS, PatchError
+from regauge.modeling_regauge import KEEPS, PatchError
 from regauge.patches import restructured
 from regauge.plan import Rewrite
 from regauge.planner import make_plan
@@ -101,13 +102,21 @@ def rewrite_module(
     def retrace(so_far: Rewrite) -> Gauge:
         return Gauge(trace(restructured(model, so_far.copies, so_far.patches), args, kwargs, outputs=outputs))
 
+    def trial(so_far: Rewrite) -> Trial:
+        return trial_of(so_far, lambda plan: restructured(model, plan.copies, plan.patches), retrace)
+
     plan, _, _ = make_plan(
-        Gauge(traced), recipe, seed, lambda so_far: lambda name: read(so_far, name), retrace=retrace
+        Gauge(traced),
+        recipe,
+        seed,
+        lambda so_far: lambda name: read(so_far, name),
+        retrace=retrace,
+        trial=trial,
     )
     changed = restructured(model, plan.copies, plan.patches)
     with torch.no_grad():
         held = dict(changed.named_parameters(remove_duplicate=False)) | dict(changed.named_buffers())
-        replaced = tuple(f"{patch['path']}." for patch in plan.patches if patch["module"] not in HOOKS)
+        replaced = tuple(f"{patch['path']}." for patch in plan.patches if patch["module"] not in KEEPS)
         for name, parameter in held.items():
             if name in plan.steps or name in plan.made or name.startswith(replaced):
                 parameter.copy_(read(plan, name).to(parameter.dtype))

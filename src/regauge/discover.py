@@ -114,6 +114,10 @@ class Gauge:
         walk, layout = self._walk(untied)
         return entrances(walk, layout, frozenset(), centred, self.trace.graph)
 
+    def walk(self, *, untied: bool = False) -> tuple[Walk, Layout]:
+        """The walk over the graph, and the blocks of its values."""
+        return self._walk(untied)
+
     def _walk(self, untied: bool) -> tuple[Walk, Layout]:
         if untied not in self._walks:
             walk = interpret(self.trace, untied)

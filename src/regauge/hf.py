@@ -150,6 +150,11 @@ def read_config(directory: Path) -> dict[str, Any]:
     return content
 
 
+def resolved_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a configuration with every default of its class filled in."""
+    return dict(load_config(dict(config)).to_dict())
+
+
 def model_class_of(config: Any) -> Any:
     """The model class that a configuration stands for, with its structure patches if it has any.
 

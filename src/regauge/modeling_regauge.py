@@ -178,23 +178,42 @@ def center_input(module: nn.Module, args: Any) -> Any:
 HOOKS: dict[str, Any] = {"center-input": center_input}
 
 
+def set_attributes(module: nn.Module, values: Any) -> None:
+    """Give plain numbers of a module, such as a number of heads, other values of the same type."""
+    for name, value in values.items():
+        held = vars(module).get(name)
+        if name.startswith("_") or type(held) not in (int, float) or type(held) is not type(value):
+            raise TypeError(f"the module has no number {name} to be set to {value!r}")
+        setattr(module, name, value)
+
+
+KEEPS = (*HOOKS, "attributes")
+"""What leaves the module where it is."""
+
+
 def apply_patches(model: nn.Module, patches: Any) -> nn.Module:
     """Replace modules of ``model`` in place; new ones have the device and dtype of those they replace.
 
     Args:
         model: any module.
         patches: mappings with ``path``, ``module`` (a key of ``MODULES`` with its arguments, or of ``HOOKS``:
-            what is done to the input of the module at ``path``).
+            what is done to the input of the module at ``path``; or "attributes").
     """
     modules = dict(model.named_modules())
     for patch in patches:
         options = dict(patch)
         path, kind = options.pop("path"), options.pop("module")
-        if not path or path not in modules or (kind not in MODULES and kind not in HOOKS):
+        if not path or path not in modules or (kind not in MODULES and kind not in KEEPS):
             raise PatchError(f"{path}: unknown replacement {kind}, or no such module")
         old = modules[path]
         if kind in HOOKS:
             old.register_forward_pre_hook(HOOKS[kind])
+            continue
+        if kind == "attributes":
+            try:
+                set_attributes(old, **options)
+            except (TypeError, AttributeError) as error:
+                raise PatchError(f"{path}: {error}") from error
             continue
         if any(getattr(old, held) for held in ("_forward_hooks", "_forward_pre_hooks")):
             raise PatchError(f"{path}: the module has hooks, which its replacement would not run")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from regauge.errors import BadInput
-from regauge.modeling_regauge import KEY, MODEL_TYPE
+from regauge.modeling_regauge import KEEPS, KEY, MODEL_TYPE
 
 FORMAT = 1
 LARGEST = 1 << 31
@@ -19,6 +19,7 @@ FIELDS: Mapping[str, Mapping[str, type]] = {
     "affine": {"size": int, "weight": bool, "bias": bool},
     "identity": {},
     "center-input": {},
+    "attributes": {"values": dict},
 }
 """Module -> its arguments; all of them are needed."""
 
@@ -40,10 +41,10 @@ def check_patches(content: Mapping[str, Any]) -> None:
     patches = held.get("patches")
     if not isinstance(patches, list):
         raise _bad("a list of patches", patches)
-    seen: set[tuple[str, bool]] = set()
+    seen: set[tuple[str, str]] = set()
     for patch in patches:
         _check(patch)
-        key = (patch["path"], patch["module"] == "center-input")
+        key = (patch["path"], patch["module"] if patch["module"] in KEEPS else "replaced")
         if key in seen:
             raise _bad("one replacement for each module", patch["path"])
         seen.add(key)
@@ -66,6 +67,11 @@ def _check(patch: Any) -> None:
 def _fits(value: Any, kind: type) -> bool:
     if kind is list:
         return isinstance(value, list) and 1 <= len(value) <= 3 and all(_fits(item, int) for item in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(
+            isinstance(name, str) and name.isidentifier() and (_fits(held, int) or _fits(held, float))
+            for name, held in value.items()
+        )
     if kind is int:
         return type(value) is int and 0 <= value < LARGEST
     if kind is float:

@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from regauge.errors import BadInput, Refused
 from regauge.interpret import op_name
-from regauge.modeling_regauge import HOOKS, Convolution, Norm, PatchError, TransposedLinear, apply_patches
+from regauge.modeling_regauge import KEEPS, Convolution, Norm, PatchError, TransposedLinear, apply_patches
 from regauge.trace import Trace, module_class, module_path
 
 Patch = Mapping[str, Any]
@@ -97,7 +97,14 @@ def owners(trace: Trace, nodes: Iterable[str]) -> dict[str, Replaceable]:
 
 def merged(old: Sequence[Patch], new: Sequence[Patch]) -> tuple[Patch, ...]:
     """Patches by path; a later replacement takes the place of an earlier one."""
-    return tuple({(p["path"], p["module"] in HOOKS): dict(p) for p in (*old, *new)}.values())
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for patch in (*old, *new):
+        kind = patch["module"] if patch["module"] in KEEPS else "replaced"
+        before = found.get((patch["path"], kind), {})
+        found[patch["path"], kind] = dict(patch)
+        if kind == "attributes":
+            found[patch["path"], kind]["values"] = {**before.get("values", {}), **patch["values"]}
+    return tuple(found.values())
 
 
 _ARGUMENTS = {

@@ -10,6 +10,7 @@ import torch
 
 from regauge.discover import Gauge
 from regauge.errors import Refused, TraceError
+from regauge.growing.fit import Trial
 from regauge.moves import MOVES, Change, Scene, State
 from regauge.patches import merged, replaceable
 from regauge.plan import Rewrite
@@ -26,6 +27,7 @@ def make_plan(
     untie_config: Callable[[], Mapping[str, Any]] | None = None,
     progress: Callable[[str], None] | None = None,
     retrace: Callable[[Rewrite], Gauge] | None = None,
+    trial: Callable[[Rewrite], Trial] | None = None,
 ) -> tuple[Rewrite, State, Gauge]:
     """Plan every move of a recipe. Nothing is written.
 
@@ -38,6 +40,7 @@ def make_plan(
         progress: called with the name of each move as it starts.
         retrace: the gauge of the model with the structure of the plan so far; asked for after a move that
             changes the structure.
+        trial: how the model of the plan so far can be rebuilt in other sizes.
 
     Returns:
         the plan, the state the model is in after it, and its gauge: another one than ``gauge`` if the
@@ -54,7 +57,9 @@ def make_plan(
         move = MOVES[spec.name]
         options = {name: option.default for name, option in move.options.items()} | dict(spec.options)
         random = torch.Generator().manual_seed(_mix(seed, place))
-        scene = Scene(gauge, state, view(rewrite), random, untie_config)
+        scene = Scene(
+            gauge, state, view(rewrite), random, untie_config, None if trial is None else trial(rewrite)
+        )
         change = move.plan(scene, options)
         used = [asdict(item) | {"move": spec.name, "place": place} for item in change.used]
         rewrite = Rewrite(
@@ -72,7 +77,7 @@ def make_plan(
         if inherited:
             rewrite = replace(rewrite, steps={**rewrite.steps, **inherited})
         state = change.state or state
-        if change.patches and retrace is not None:
+        if (change.patches or change.made) and retrace is not None:
             try:
                 gauge = retrace(rewrite)
             except TraceError as error:

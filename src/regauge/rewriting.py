@@ -20,7 +20,16 @@ from regauge.certify.certificate import software
 from regauge.checkpoint import Checkpoint
 from regauge.discover import Gauge
 from regauge.errors import CheckpointError, NotEquivalent, RegaugeError
-from regauge.hf import checkpoint_names, load_meta, patched_config, read_config, untied_config
+from regauge.growing.fit import Trial, trial_of
+from regauge.hf import (
+    HFModel,
+    checkpoint_names,
+    load_meta,
+    patched_config,
+    read_config,
+    resolved_config,
+    untied_config,
+)
 from regauge.jobs import tensor_copies, tensor_drops, tensor_made
 from regauge.modeling_regauge import KEY
 from regauge.plan import Rewrite
@@ -99,9 +108,16 @@ def rewrite(
         tell("planning", 0, len(recipe.moves))
         count = iter(range(1, len(recipe.moves) + 1))
 
+        def rebuilt(plan: Rewrite) -> HFModel:
+            return load_meta({**source_config, **_config(source_config, plan)})
+
         def retrace(plan: Rewrite) -> Gauge:
-            changed = load_meta({**source_config, **_config(source_config, plan)})
+            changed = rebuilt(plan)
             return Gauge(trace(changed.model, (), changed.inputs))
+
+        def trial(plan: Rewrite) -> Trial:
+            config = {**source_config, **_config(source_config, plan)}
+            return trial_of(plan, lambda p: rebuilt(p).model, retrace, config, resolved_config(config))
 
         plan, _, _ = make_plan(
             gauge,
@@ -111,6 +127,7 @@ def rewrite(
             lambda: untied_config(source_config),
             lambda name: tell(f"planning {name}", next(count), len(recipe.moves)),
             retrace,
+            trial,
         )
         # A copy that the checkpoint does not store yet is a new tensor of its own name.
         names = {n: t for n, t in names.items() if n not in plan.copies or t != names[plan.copies[n]]}

@@ -8,6 +8,7 @@ from regauge.moves.base import Change, Move, Option, Preserves, Scene, State, Us
 from regauge.moves.batchnorm import FOLD_BATCHNORM
 from regauge.moves.entries import PERMUTE, RESCALE
 from regauge.moves.fold import DROP_KEY_BIAS, FOLD_SCALES, FOLD_SHIFTS, FOLD_VALUE_BIAS
+from regauge.moves.grow import GROW
 from regauge.moves.residual import CENTER, UNTIE
 from regauge.moves.rotate import BALANCE_HEADS, ROTATE
 from regauge.moves.structure import ADD_BIAS, STRIP
@@ -26,6 +27,7 @@ _ALL = (
     RESCALE,
     PERMUTE,
     BALANCE_HEADS,
+    GROW,
 )
 
 MOVES: Mapping[str, Move] = {move.name: move for move in _ALL}

@@ -17,6 +17,7 @@ from regauge.atlas import Atlas, Generator, Kind, Space
 from regauge.discover import Gauge
 from regauge.elements import Element, residual
 from regauge.errors import Refused
+from regauge.growing.fit import Trial
 from regauge.plan import Made, Step
 from regauge.steps import ActStep
 from regauge.trace import Trace, untie
@@ -64,6 +65,7 @@ class Scene:
         read: current value of a parameter by state-dict name, as the moves so far leave it.
         random: CPU generator for this move alone.
         untie_config: changes to the configuration that untie, when asked for; None for plain modules.
+        trial: how the model can be rebuilt in other sizes; None where it cannot.
     """
 
     gauge: Gauge
@@ -71,6 +73,7 @@ class Scene:
     read: Callable[[str], torch.Tensor]
     random: torch.Generator
     untie_config: Callable[[], Mapping[str, Any]] | None = None
+    trial: Trial | None = None
 
     @property
     def atlas(self) -> Atlas:

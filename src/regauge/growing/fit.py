@@ -1,0 +1,270 @@
+"""Rebuilding a model with parameters of other shapes: another configuration, or other modules.
+
+Nothing is looked up. Entries of the configuration, and then attributes of modules, that equal a size that
+grows are changed, a few at a time; what the model then is decides whether the change was the right one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from regauge.discover import Gauge
+from regauge.errors import BadInput, Refused, RegaugeError, TraceError
+from regauge.modeling_regauge import KEEPS
+from regauge.patches import Patch, Replaceable, merged, replaceable
+from regauge.plan import Rewrite
+from regauge.trace import Trace
+
+MOST_TRIALS = 96
+Shapes = Mapping[str, tuple[int, ...]]
+Key = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How the model of a plan can be rebuilt; nothing is kept.
+
+    Attributes:
+        config: content of ``config.json`` so far; None for a plain module.
+        resolved: the same with every default filled in.
+        build: (changes to the top level of the config, patches) -> the model without weights.
+        gauge: the same -> its gauge.
+    """
+
+    config: Mapping[str, Any] | None
+    resolved: Mapping[str, Any]
+    build: Callable[[Mapping[str, Any], Sequence[Patch]], nn.Module]
+    gauge: Callable[[Mapping[str, Any], Sequence[Patch]], Gauge]
+
+
+def trial_of(
+    plan: Rewrite,
+    build: Callable[[Rewrite], nn.Module],
+    gauge: Callable[[Rewrite], Gauge],
+    config: Mapping[str, Any] | None = None,
+    resolved: Mapping[str, Any] | None = None,
+) -> Trial:
+    """A trial that goes on from a plan; ``build`` and ``gauge`` take plans."""
+
+    def further(changes: Mapping[str, Any], patches: Sequence[Patch]) -> Rewrite:
+        return replace(
+            plan, config={**plan.config, **changes}, patches=merged(plan.patches, patches)
+        )
+
+    return Trial(
+        config,
+        resolved or {},
+        lambda changes, patches: build(further(changes, patches)),
+        lambda changes, patches: gauge(further(changes, patches)),
+    )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A structure that has the shapes asked for.
+
+    Attributes:
+        config: changes to the top level of the configuration.
+        patches: modules to replace.
+        gauge: gauge of the model so rebuilt.
+    """
+
+    config: Mapping[str, Any]
+    patches: tuple[Patch, ...]
+    gauge: Gauge
+
+
+def fitted(
+    trial: Trial,
+    trace: Trace,
+    wanted: Shapes,
+    sizes: Mapping[int, set[int]],
+    accept: Callable[[Gauge, Sequence[Patch]], bool],
+) -> Fit:
+    """The same model with some of its parameters in other shapes.
+
+    Args:
+        trial: see there.
+        trace: of the model as it is.
+        wanted: parameter -> new shape, for those that change.
+        sizes: old size -> sizes it may become; entries and attributes of these values are candidates.
+        accept: whether a rebuilt model of these shapes is the same but for the sizes.
+
+    Raises:
+        Refused: neither a configuration nor a replacement of modules gives it.
+    """
+    reasons: list[str] = []
+    for structure in (_by_config, _by_patches):
+        for config, patches in structure(trial, trace, wanted, sizes, reasons):
+            try:
+                gauge = trial.gauge(config, patches)
+            except (TraceError, Refused, BadInput) as error:
+                reasons.append(error.found or error.message)
+                continue
+            if accept(gauge, patches):
+                return Fit(config, patches, gauge)
+            reasons.append("a model of these shapes that computes something else")
+    raise Refused(
+        "no configuration of this architecture has the shapes asked for, and no replacement of modules gives them",
+        parameter=next(iter(wanted)),
+        expected=str(next(iter(wanted.values()))),
+        found="; ".join(dict.fromkeys(reasons))[:300] or "no entry of the configuration has a size that grows",
+        way_out="grow what the architecture ties together in one step (such as keys and values)",
+    )
+
+
+def replaced(patches: Iterable[Patch]) -> frozenset[str]:
+    """Paths of the modules that patches replace."""
+    return frozenset(patch["path"] for patch in patches if patch["module"] not in KEEPS)
+
+
+def _by_config(
+    trial: Trial, trace: Trace, wanted: Shapes, sizes: Mapping[int, set[int]], reasons: list[str]
+) -> Iterator[tuple[dict[str, Any], tuple[Patch, ...]]]:
+    if trial.config is None:
+        return
+    leaves = dict(_leaves(trial.resolved))
+    pins = {key: n for key, n in leaves.items() if _at(trial.config, key) is None and n is not None}
+    pins = {key: n for key, n in pins.items() if n in sizes}
+    options = {key: sorted(sizes[n]) for key, n in leaves.items() if n is not None and n in sizes}
+    blank = sorted({m for new in sizes.values() for m in new})
+    unset = {key: blank for key, n in leaves.items() if n is None}
+    tried = 0
+    for group in (options, {**options, **unset}):
+        for chosen in _choices(group, fresh=None if group is options else set(unset)):
+            tried += 1
+            if tried > MOST_TRIALS:
+                return
+            changes = _changes(trial.config, {**pins, **chosen})
+            if _has(trial, changes, (), trace, wanted):
+                yield changes, ()
+
+
+def _choices(options: Mapping[Key, Sequence[int]], fresh: set[Key] | None) -> Iterator[dict[Key, int]]:
+    """Few entries first; with ``fresh`` only choices that set exactly one of these."""
+    for count in range(1, len(options) + 1):
+        for keys in itertools.combinations(options, count):
+            if fresh is not None and (count > 2 or sum(key in fresh for key in keys) != 1):
+                continue
+            for values in itertools.product(*(options[key] for key in keys)):
+                yield dict(zip(keys, values, strict=True))
+
+
+def _leaves(content: Mapping[str, Any], path: Key = ()) -> Iterator[tuple[Key, int | None]]:
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*path, key))
+        elif value is None or type(value) is int:
+            yield (*path, key), value
+
+
+def _at(content: Any, key: Key) -> Any:
+    for part in key:
+        content = content.get(part) if isinstance(content, Mapping) else None
+    return content
+
+
+def _changes(config: Mapping[str, Any], chosen: Mapping[Key, int]) -> dict[str, Any]:
+    """Top-level entries with the chosen leaves put in."""
+    changes: dict[str, Any] = {}
+    for (top, *rest), value in chosen.items():
+        if not rest:
+            changes[top] = value
+            continue
+        section: dict[str, Any] = _copied(changes.get(top, config.get(top) or {}))
+        inner = section
+        for part in rest[:-1]:
+            inner = inner.setdefault(part, {})
+        inner[rest[-1]] = value
+        changes[top] = section
+    return changes
+
+
+def _copied(value: Any) -> Any:
+    return {key: _copied(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def _has(
+    trial: Trial, config: Mapping[str, Any], patches: Sequence[Patch], trace: Trace, wanted: Shapes
+) -> bool:
+    """Whether the rebuilt model has the shapes asked for, and nothing else changed."""
+    try:
+        model = trial.build(config, patches)
+    except (RegaugeError, ValueError, TypeError, RuntimeError, AttributeError, ZeroDivisionError):
+        return False
+    found = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    found |= {name: tuple(b.shape) for name, b in model.named_buffers() if name in trace.canonical}
+    expected = {alias: shape for name, shape in trace.shapes.items() for alias in trace.aliases[name]}
+    for name, shape in wanted.items():
+        expected |= dict.fromkeys(trace.aliases.get(name, (name,)), shape)
+    return found == expected
+
+
+def _by_patches(
+    trial: Trial, trace: Trace, wanted: Shapes, sizes: Mapping[int, set[int]], reasons: list[str]
+) -> Iterator[tuple[dict[str, Any], tuple[Patch, ...]]]:
+    known = replaceable(trace)
+    ours: dict[str, Patch] = {}
+    for name in wanted:
+        owner = name.rpartition(".")[0]
+        patch = resized(known[owner], trace, wanted) if owner in known else None
+        if patch is None:
+            reasons.append(f"{name} is not in a module that can be replaced")
+            return
+        ours[owner] = patch
+    base = tuple(ours.values())
+    yield {}, base
+    model = trial.build({}, ())
+    inside = {path for owner in ours for path in _above(owner)}
+    held: dict[tuple[str, str], list[tuple[str, int]]] = {}
+    for path, module in model.named_modules():
+        if path in inside and path not in ours:
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            for attribute, value in vars(module).items():
+                if type(value) is int and value in sizes and not attribute.startswith("_"):
+                    held.setdefault((kind, attribute), []).append((path, value))
+    options = {key: sorted({m for _, n in places for m in sizes[n]}) for key, places in held.items()}
+    for tried, chosen in enumerate(_choices(options, None)):
+        if tried > MOST_TRIALS // 4:
+            return
+        values: dict[str, dict[str, int]] = {}
+        for key, new in chosen.items():
+            for path, old in held[key]:
+                if new in sizes[old]:
+                    values.setdefault(path, {})[key[1]] = new
+        extra = ({"path": path, "module": "attributes", "values": v} for path, v in values.items())
+        yield {}, (*base, *extra)
+
+
+def _above(path: str) -> Iterable[str]:
+    parts = path.split(".")
+    return (".".join(parts[:count]) for count in range(1, len(parts)))
+
+
+def resized(module: Replaceable, trace: Trace, wanted: Shapes) -> Patch | None:
+    """The replacement of a module whose parameters have other shapes; None if it has no such form."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        return wanted.get(name) or tuple(trace.shapes[trace.canonical[name]])
+
+    patch = dict(module.patch)
+    kind = patch["module"]
+    if module.weight is None:
+        return None
+    if kind == "linear":
+        rows, columns = shape(module.weight)
+        patch["outputs"], patch["inputs"] = (columns, rows) if patch["transposed"] else (rows, columns)
+    elif kind == "convolution" and patch["groups"] == 1:
+        patch["outputs"], patch["inputs"] = shape(module.weight)[:2]
+    elif kind == "embedding":
+        patch["rows"], patch["size"] = shape(module.weight)
+    elif kind in ("norm", "affine"):
+        (patch["size"],) = shape(module.weight)
+    else:
+        return None
+    return patch

@@ -1,0 +1,200 @@
+"""Growth in width: index sets get more indices, and nothing sees the new ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from regauge.discover import Gauge
+from regauge.errors import RecipeError, Refused
+from regauge.growing.fill import New, fill, grown
+from regauge.growing.fit import Fit, fitted, replaced
+from regauge.growing.reach import Follower, Reach
+from regauge.growing.roles import Role, role_of, silent_sides
+from regauge.growing.same import changed_constants, same_but_for_sizes
+from regauge.growing.sizes import GrownAxis, grown_axis
+from regauge.moves.base import Change, Move, Option, Preserves, Scene, Used
+from regauge.patches import Patch
+from regauge.plan import Made
+from regauge.solve.layout import Layout
+
+ROLES = {
+    Role.NEURONS: "neurons of every feed-forward layer",
+    Role.HEADS: "heads of keys and values, each with its query heads",
+    Role.QUERIES: "query heads for every head of keys and values, where they are shared",
+    Role.KEYS: "entries of a key and a query, per head",
+    Role.VALUES: "entries of a value, per head",
+}
+
+
+@dataclass(frozen=True)
+class _Grown:
+    """An index set that grows."""
+
+    reach: Reach
+    role: Role
+    size: int
+    silent: tuple[tuple[str, int, int], ...]
+
+
+def plan_grow(scene: Scene, options: Mapping[str, Any]) -> Change:
+    """y = Σ_i r[i] f(w[i] · x): more indices i, with r[i] = 0, or r[i] f(w[i] · x) in pairs that cancel,
+    or old ones split into shares; the sum is the same.
+
+    ========  ===========================  =============================
+    index     written by (any new rows)    silent on the new indices
+    ========  ===========================  =============================
+    neurons   W1[i, :], gate[i, :], b[i]   W2[:, i]
+    heads     q, k, v [h, :, :], biases    o[:, h, :]
+    queries   q [h, g, :, :], biases       o[:, h, g, :]
+    values    v [h, e, :], biases          o[:, h, e]
+    keys      q [h, e, :], biases          k [h, e, :], its bias
+    ========  ===========================  =============================
+
+    Source: Gesmundo and Maile, Composable Function-preserving Expansions (arXiv 2308.06103), expansions 1-4.
+    """
+    if scene.trial is None:
+        raise Refused("this model cannot be rebuilt in another size", expected="a directory or a module")
+    new = New(options["new"])
+    if new is New.SPLIT and not 0 <= options["noise"] < 1:
+        raise RecipeError("bad noise", expected="0 to below 1", found=str(options["noise"]))
+    trace = scene.trace
+    _, layout = scene.gauge.walk(untied=scene.state.untied)
+    chosen = _chosen(Follower(layout), layout, options)
+    sizes = {item.reach.atom: item.size for item in chosen}
+    axes: dict[str, tuple[GrownAxis, ...]] = {}
+    for value in layout.facts.parameters.values():
+        assert value.parameter is not None
+        axes[value.parameter] = tuple(grown_axis(layout.structure, axis, sizes) for axis in value.axes)
+    wanted = {name: shape for name in axes if (shape := _shape(axes[name])) != scene.shape(name)}
+
+    def accept(gauge: Gauge, patches: Sequence[Patch]) -> bool:
+        _, found = gauge.walk()
+        names = {alias: name for name, group in trace.aliases.items() for alias in group}
+        return same_but_for_sizes(trace, gauge.trace, found, axes, names, replaced(patches))
+
+    fit = fitted(scene.trial, trace, wanted, _candidates(axes), accept)
+    _constants(scene, fit)
+    fills = {
+        item.reach.atom: fill(new, item.reach.size, item.size, options["noise"], scene.random)
+        for item in chosen
+    }
+    made: dict[str, Made] = {}
+    for name in wanted:
+        silent = [
+            (axis, offset, item.reach.atom)
+            for item in chosen
+            for held, axis, offset in item.silent
+            if held == name
+        ]
+        seed = int(torch.randint(1 << 62, (), generator=scene.random))
+        build = partial(_value, scene, name, axes[name], fills, silent, seed)
+        made[name] = Made(wanted[name], name, build)
+    used = tuple(
+        Used(f"{item.role}", "growth", item.size, 1, len(item.reach.sides), 0.0, 0.0) for item in chosen
+    )
+    return Change(made=made, config=dict(fit.config), patches=fit.patches, used=used)
+
+
+def _value(
+    scene: Scene, name: str, axes: tuple[GrownAxis, ...], fills: Any, silent: Any, seed: int, _: Any
+) -> torch.Tensor:
+    return grown(scene.read(name), axes, fills, silent, seed)
+
+
+def _shape(axes: tuple[GrownAxis, ...]) -> tuple[int, ...]:
+    return tuple(axis.size for axis in axes)
+
+
+def _chosen(follower: Follower, layout: Layout, options: Mapping[str, Any]) -> list[_Grown]:
+    """Every index set with a role whose size was asked for."""
+    wanted = {role: str(options[role]) for role in ROLES if options[role] is not None}
+    if not wanted:
+        raise RecipeError("nothing is to grow", expected=" or ".join(ROLES), found="no size")
+    atoms = dict.fromkeys(
+        o[1]
+        for value in layout.facts.parameters.values()
+        for block in layout.blocks(value)
+        for o in block.order
+    )
+    chosen: list[_Grown] = []
+    refusals: list[Refused] = []
+    for atom in atoms:
+        try:
+            reach = follower.reach(atom)
+        except Refused as refusal:
+            refusals.append(refusal)
+            continue
+        role = role_of(reach)
+        if role in wanted:
+            size = _size(wanted[role], reach.size, role)
+            chosen.append(_Grown(reach, role, size, silent_sides(follower, reach)))
+    for role in wanted:
+        if not any(item.role is role for item in chosen):
+            raise Refused(
+                f"there are no {role} here that can grow",
+                expected=ROLES[role],
+                found=refusals[0].message if refusals else "no such index set",
+                node=refusals[0].node if refusals else None,
+            )
+    return chosen
+
+
+def _size(text: str, old: int, role: Role) -> int:
+    try:
+        size = old + int(text) if text.startswith("+") else int(text)
+    except ValueError:
+        raise RecipeError(
+            f"cannot read the number of {role}", expected="a number, or +N for N more", found=text
+        ) from None
+    if size <= old:
+        raise RecipeError(f"growth makes larger: {role}", expected=f"more than {old}", found=str(size))
+    return size
+
+
+def _candidates(axes: Mapping[str, tuple[GrownAxis, ...]]) -> dict[int, set[int]]:
+    """Old sizes -> what each may become: of index sets, of neighbouring ones together, of whole axes."""
+    sizes: dict[int, set[int]] = {}
+    for axis in (axis for held in axes.values() for axis in held):
+        pairs = [(len(axis.old), axis.size)]
+        for leaf in axis.leaves:
+            counts = [(n, m) for _, n, _, m, _ in leaf.factors]
+            for first in range(len(counts)):
+                for last in range(first + 1, len(counts) + 1):
+                    before, after = zip(*counts[first:last], strict=True)
+                    pairs.append((math.prod(before), math.prod(after)))
+        for before, after in pairs:
+            if before != after:
+                sizes.setdefault(before, set()).add(after)
+    return sizes
+
+
+def _constants(scene: Scene, fit: Fit) -> None:
+    changed = changed_constants(scene.trace, fit.gauge.trace, replaced(fit.patches))
+    if changed:
+        node, numbers = next(iter(changed.items()))
+        raise Refused(
+            "a constant of the forward pass changes with the size",
+            node=node,
+            expected="the same numbers",
+            found=", ".join(f"{a} became {b}" for a, b in numbers),
+        )
+
+
+GROW = Move(
+    "grow",
+    "Σ_i r[i] f(w[i]·x): more indices i, none of which is seen",
+    "index sets that are treated entry by entry and summed over; may change the structure",
+    Preserves.OUTPUT,
+    plan_grow,
+    {
+        **{role.value: Option(str, None, f"{text}: a number, or +N") for role, text in ROLES.items()},
+        "new": Option(str, "pairs", "what the new entries hold", tuple(New)),
+        "noise": Option(float, 0.5, "split: how unequal the shares are, 0 to below 1"),
+    },
+)
