@@ -102,8 +102,12 @@ def rewrite_module(
     def retrace(so_far: Rewrite) -> Gauge:
         return Gauge(trace(restructured(model, so_far.copies, so_far.patches), args, kwargs, outputs=outputs))
 
+    def built(so_far: Rewrite) -> tuple[nn.Module, Mapping[str, torch.Tensor]]:
+        changed = restructured(model, so_far.copies, so_far.patches)
+        return changed, dict(changed.named_buffers())
+
     def trial(so_far: Rewrite) -> Trial:
-        return trial_of(so_far, lambda plan: restructured(model, plan.copies, plan.patches), retrace)
+        return trial_of(so_far, built, retrace)
 
     plan, _, _ = make_plan(
         Gauge(traced),

@@ -187,7 +187,17 @@ def set_attributes(module: nn.Module, values: Any) -> None:
         setattr(module, name, value)
 
 
-KEEPS = (*HOOKS, "attributes")
+def set_buffers(module: nn.Module, values: Any) -> None:
+    """Give buffers with one axis, such as rotary frequencies, other values and another length."""
+    for name, numbers in values.items():
+        held = module._buffers.get(name)
+        if held is None or held.dim() != 1 or not held.is_floating_point():
+            raise TypeError(f"the module has no buffer {name} of one axis")
+        module._buffers[name] = torch.tensor(numbers, dtype=held.dtype, device=held.device)
+
+
+SETTERS: dict[str, Any] = {"attributes": set_attributes, "buffers": set_buffers}
+KEEPS = (*HOOKS, *SETTERS)
 """What leaves the module where it is."""
 
 
@@ -196,8 +206,8 @@ def apply_patches(model: nn.Module, patches: Any) -> nn.Module:
 
     Args:
         model: any module.
-        patches: mappings with ``path``, ``module`` (a key of ``MODULES`` with its arguments, or of ``HOOKS``:
-            what is done to the input of the module at ``path``; or "attributes").
+        patches: mappings with ``path``, ``module`` (a key of ``MODULES`` with its arguments, of ``HOOKS``:
+            what is done to the input of the module at ``path``, or of ``SETTERS``).
     """
     modules = dict(model.named_modules())
     for patch in patches:
@@ -209,9 +219,9 @@ def apply_patches(model: nn.Module, patches: Any) -> nn.Module:
         if kind in HOOKS:
             old.register_forward_pre_hook(HOOKS[kind])
             continue
-        if kind == "attributes":
+        if kind in SETTERS:
             try:
-                set_attributes(old, **options)
+                SETTERS[kind](old, **options)
             except (TypeError, AttributeError) as error:
                 raise PatchError(f"{path}: {error}") from error
             continue
@@ -271,8 +281,17 @@ def model_class(base: Any) -> Any:
         base.__init__(self, config, *args, **kwargs)
         apply_patches(self, getattr(config, KEY)["patches"])
 
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        found = base.from_pretrained.__func__(cls, *args, **kwargs)
+        model = found[0] if isinstance(found, tuple) else found
+        # Loading computes buffers that are not stored anew, as the class without patches would.
+        patches = getattr(model.config, KEY)["patches"]
+        apply_patches(model, [patch for patch in patches if patch["module"] == "buffers"])
+        return found
+
     body = {
         "__init__": __init__,
+        "from_pretrained": classmethod(from_pretrained),
         "config_class": config_class(base.config_class),
         "_auto_class": next(iter(auto_names(base)), "AutoModel"),
         # Tensors stored under older names are renamed as they are for ``base``.

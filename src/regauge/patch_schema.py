@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,17 @@ from regauge.modeling_regauge import KEEPS, KEY, MODEL_TYPE
 
 FORMAT = 1
 LARGEST = 1 << 31
+LONGEST = 1 << 16
+
+
+class Numbers(dict[str, float]):
+    """Stands for a mapping from names to numbers."""
+
+
+class Series(dict[str, list[float]]):
+    """Stands for a mapping from names to lists of numbers."""
+
+
 _NORM = {"form": str, "size": int, "eps": float, "weight": bool, "bias": bool}
 _CONVOLUTION = {"inputs": int, "outputs": int, "kernel": list, "stride": list, "padding": list}
 FIELDS: Mapping[str, Mapping[str, type]] = {
@@ -19,7 +31,8 @@ FIELDS: Mapping[str, Mapping[str, type]] = {
     "affine": {"size": int, "weight": bool, "bias": bool},
     "identity": {},
     "center-input": {},
-    "attributes": {"values": dict},
+    "attributes": {"values": Numbers},
+    "buffers": {"values": Series},
 }
 """Module -> its arguments; all of them are needed."""
 
@@ -67,16 +80,22 @@ def _check(patch: Any) -> None:
 def _fits(value: Any, kind: type) -> bool:
     if kind is list:
         return isinstance(value, list) and 1 <= len(value) <= 3 and all(_fits(item, int) for item in value)
-    if kind is dict:
-        return isinstance(value, dict) and all(
-            isinstance(name, str) and name.isidentifier() and (_fits(held, int) or _fits(held, float))
-            for name, held in value.items()
-        )
+    if kind in (Numbers, Series):
+        named = isinstance(value, dict) and all(isinstance(n, str) and n.isidentifier() for n in value)
+        return named and all(_number(v) if kind is Numbers else _series(v) for v in value.values())
     if kind is int:
         return type(value) is int and 0 <= value < LARGEST
     if kind is float:
         return type(value) in (int, float) and 0 <= value < 1e6
     return type(value) is kind
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) < LARGEST
+
+
+def _series(value: Any) -> bool:
+    return isinstance(value, list) and 0 < len(value) <= LONGEST and all(map(_number, value))
 
 
 def _bad(expected: str, found: Any) -> BadInput:

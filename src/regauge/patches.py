@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from regauge.errors import BadInput, Refused
 from regauge.interpret import op_name
-from regauge.modeling_regauge import KEEPS, Convolution, Norm, PatchError, TransposedLinear, apply_patches
+from regauge.modeling_regauge import KEEPS, SETTERS, Convolution, Norm, PatchError, TransposedLinear, apply_patches
 from regauge.trace import Trace, module_class, module_path
 
 Patch = Mapping[str, Any]
@@ -102,7 +102,7 @@ def merged(old: Sequence[Patch], new: Sequence[Patch]) -> tuple[Patch, ...]:
         kind = patch["module"] if patch["module"] in KEEPS else "replaced"
         before = found.get((patch["path"], kind), {})
         found[patch["path"], kind] = dict(patch)
-        if kind == "attributes":
+        if kind in SETTERS:
             found[patch["path"], kind]["values"] = {**before.get("values", {}), **patch["values"]}
     return tuple(found.values())
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from regauge import modeling_regauge
 from regauge.apply import ApplyReport, RewrittenView, apply_rewrite
@@ -115,9 +116,13 @@ def rewrite(
             changed = rebuilt(plan)
             return Gauge(trace(changed.model, (), changed.inputs))
 
+        def built(plan: Rewrite) -> tuple[nn.Module, Mapping[str, torch.Tensor]]:
+            changed = rebuilt(plan)
+            return changed.model, changed.buffers()
+
         def trial(plan: Rewrite) -> Trial:
             config = {**source_config, **_config(source_config, plan)}
-            return trial_of(plan, lambda p: rebuilt(p).model, retrace, config, resolved_config(config))
+            return trial_of(plan, built, retrace, config, resolved_config(config))
 
         plan, _, _ = make_plan(
             gauge,

@@ -23,7 +23,7 @@ from enum import StrEnum
 
 import torch
 
-from regauge.growing.sizes import GrownAxis
+from regauge.growing.sizes import GrownAxis, positions
 
 
 class New(StrEnum):
@@ -70,6 +70,7 @@ def grown(
     axes: Sequence[GrownAxis],
     fills: Mapping[int, Fill],
     silent: Sequence[tuple[int, int, int]],
+    scales: Mapping[tuple[int, int], float],
     seed: int,
 ) -> torch.Tensor:
     """A parameter after growth, float64.
@@ -79,6 +80,7 @@ def grown(
         axes: one for each of its axes.
         fills: atom id -> how its indices are filled.
         silent: (axis, offset of the leaf, atom id) along which it is a silent side.
+        scales: (axis, offset of the leaf) -> factor on all its entries.
         seed: of what is drawn: normal with the standard deviation of ``old``, or for vectors their mean.
     """
     old = old.to(torch.float64)
@@ -98,6 +100,9 @@ def grown(
             origin[inside] += (held.source[index[inside]] - index[inside]) * axis.stride[atom, offset]
             if (number, offset, atom) in silent:
                 factor[inside] *= held.weight[index[inside]]
+        for leaf in axis.leaves:
+            if (number, leaf.offset) in scales:
+                factor[positions(leaf)] *= scales[number, leaf.offset]
         value = value.index_select(number, origin)
         value = value * factor.reshape([-1 if d == number else 1 for d in range(value.dim())])
     return value

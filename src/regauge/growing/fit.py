@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from regauge.discover import Gauge
@@ -23,6 +24,7 @@ from regauge.trace import Trace
 MOST_TRIALS = 96
 Shapes = Mapping[str, tuple[int, ...]]
 Key = tuple[str, ...]
+Buffers = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,19 +34,20 @@ class Trial:
     Attributes:
         config: content of ``config.json`` so far; None for a plain module.
         resolved: the same with every default filled in.
-        build: (changes to the top level of the config, patches) -> the model without weights.
+        build: (changes to the top level of the config, patches) -> the model without weights, and the
+            values of its buffers.
         gauge: the same -> its gauge.
     """
 
     config: Mapping[str, Any] | None
     resolved: Mapping[str, Any]
-    build: Callable[[Mapping[str, Any], Sequence[Patch]], nn.Module]
+    build: Callable[[Mapping[str, Any], Sequence[Patch]], tuple[nn.Module, Buffers]]
     gauge: Callable[[Mapping[str, Any], Sequence[Patch]], Gauge]
 
 
 def trial_of(
     plan: Rewrite,
-    build: Callable[[Rewrite], nn.Module],
+    build: Callable[[Rewrite], tuple[nn.Module, Buffers]],
     gauge: Callable[[Rewrite], Gauge],
     config: Mapping[str, Any] | None = None,
     resolved: Mapping[str, Any] | None = None,
@@ -85,6 +88,7 @@ def fitted(
     wanted: Shapes,
     sizes: Mapping[int, set[int]],
     accept: Callable[[Gauge, Sequence[Patch]], bool],
+    lengths: Mapping[int, int],
 ) -> Fit:
     """The same model with some of its parameters in other shapes.
 
@@ -94,6 +98,7 @@ def fitted(
         wanted: parameter -> new shape, for those that change.
         sizes: old size -> sizes it may become; entries and attributes of these values are candidates.
         accept: whether a rebuilt model of these shapes is the same but for the sizes.
+        lengths: old length -> new one, of buffers that count something which grows.
 
     Raises:
         Refused: neither a configuration nor a replacement of modules gives it.
@@ -106,9 +111,14 @@ def fitted(
             except (TraceError, Refused, BadInput) as error:
                 reasons.append(error.found or error.message)
                 continue
-            if accept(gauge, patches):
-                return Fit(config, patches, gauge)
-            reasons.append("a model of these shapes that computes something else")
+            if not accept(gauge, patches):
+                reasons.append("a model of these shapes that computes something else")
+                continue
+            kept = _kept_buffers(trial, trace, gauge.trace, config, patches, lengths)
+            if kept is None:
+                reasons.append("a model of these shapes with other constants in its buffers")
+                continue
+            return Fit(config, (*patches, *kept), gauge)
     raise Refused(
         "no configuration of this architecture has the shapes asked for, and no replacement of modules gives them",
         parameter=next(iter(wanted)),
@@ -116,6 +126,38 @@ def fitted(
         found="; ".join(dict.fromkeys(reasons))[:300] or "no entry of the configuration has a size that grows",
         way_out="grow what the architecture ties together in one step (such as keys and values)",
     )
+
+
+def _kept_buffers(
+    trial: Trial,
+    old: Trace,
+    new: Trace,
+    config: Mapping[str, Any],
+    patches: Sequence[Patch],
+    lengths: Mapping[int, int],
+) -> tuple[Patch, ...] | None:
+    """Patches after which every buffer that is used holds what it held, new entries after the old.
+
+    New entries go on from the last two as a geometric sequence does (rotary frequencies are one). None if a
+    buffer changed in another way.
+    """
+    (_, before), (_, after) = trial.build({}, ()), trial.build(config, patches)
+    values: dict[str, dict[str, list[float]]] = {}
+    for name in dict.fromkeys((*old.buffers.values(), *new.buffers.values())):
+        a, b = before.get(name), after.get(name)
+        if a is None or b is None:
+            return None
+        if a.shape == b.shape and torch.equal(a, b):
+            continue
+        if a.dim() != 1 or not a.is_floating_point() or lengths.get(len(a)) != len(b) or len(a) < 2:
+            return None
+        more = a[-1].double() * (a[-1].double() / a[-2].double()) ** torch.arange(1, len(b) - len(a) + 1)
+        path, _, leaf = name.rpartition(".")
+        values.setdefault(path, {})[leaf] = torch.cat([a, more.to(a.dtype)]).tolist()
+        for other, held in before.items():  # copies that the module keeps beside it
+            if other != name and other.rpartition(".")[0] == path and torch.equal(held, a):
+                values[path][other.rpartition(".")[2]] = values[path][leaf]
+    return tuple({"path": path, "module": "buffers", "values": held} for path, held in values.items())
 
 
 def replaced(patches: Iterable[Patch]) -> frozenset[str]:
@@ -194,7 +236,7 @@ def _has(
 ) -> bool:
     """Whether the rebuilt model has the shapes asked for, and nothing else changed."""
     try:
-        model = trial.build(config, patches)
+        model, _ = trial.build(config, patches)
     except (RegaugeError, ValueError, TypeError, RuntimeError, AttributeError, ZeroDivisionError):
         return False
     found = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
@@ -219,7 +261,7 @@ def _by_patches(
         ours[owner] = patch
     base = tuple(ours.values())
     yield {}, base
-    model = trial.build({}, ())
+    model, _ = trial.build({}, ())
     inside = {path for owner in ours for path in _above(owner)}
     held: dict[tuple[str, str], list[tuple[str, int]]] = {}
     for path, module in model.named_modules():

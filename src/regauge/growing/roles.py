@@ -12,6 +12,7 @@ from regauge.growing.reach import Follower, Reach, Side, Sum
 class Role(StrEnum):
     """Index sets of a network that people speak of."""
 
+    CHANNELS = "channels"  # read by a convolution
     NEURONS = "neurons"  # written by maps, read by a map, everything between entry by entry
     HEADS = "heads"  # of keys and values, with the queries that read them
     QUERIES = "queries"  # query heads for each head of keys and values
@@ -30,7 +31,10 @@ def role_of(reach: Reach) -> Role:
     if reach.paired:
         both = all(reach.writers(a) and reach.writers(b) for a, b in reach.paired)
         return Role.HEADS if both else Role.QUERIES
-    return Role.VALUES if reach.mixed else Role.NEURONS
+    if reach.mixed:
+        return Role.VALUES
+    convolved = any(s.fact.op.startswith("aten.conv") for s in reach.sums)
+    return Role.CHANNELS if convolved else Role.NEURONS
 
 
 def silent_sides(follower: Follower, reach: Reach) -> tuple[Side, ...]:
@@ -58,6 +62,26 @@ def silent_sides(follower: Follower, reach: Reach) -> tuple[Side, ...]:
         if role is not Role.RESIDUAL and s.left in zero and s.right in zero:
             raise _unsilenced(s, "both factors would have to be zero there, and would stay zero in training")
     return tuple(chosen)
+
+
+def key_product(reach: Reach) -> Sum:
+    """The product of two activations that sums over the entries of a key."""
+    return next(s for s in reach.sums if s.right is not None and not _normed(s) and not _readers(reach, s))
+
+
+def key_sides(follower: Follower, reach: Reach) -> set[Side]:
+    """Everything that writes the key, whichever of its entries."""
+    product = key_product(reach)
+    assert product.right is not None
+    block, _ = product.right
+    sides: set[Side] = set()
+    for other in follower.layout.blocks(block.value):
+        for o in other.order:
+            try:
+                sides |= follower.reach(o[1]).writers((other, o))
+            except Refused:
+                continue
+    return sides
 
 
 def _normed(s: Sum) -> bool:

@@ -73,6 +73,14 @@ def grown_axis(structure: Structure, axis: Iterable[Atom], sizes: Mapping[int, i
     return GrownAxis(size, old, index, stride, leaves)
 
 
+def positions(leaf: Leaf) -> torch.Tensor:
+    """int64: every position of a leaf after growth."""
+    found = torch.tensor([leaf.grown_offset])
+    for _, _, _, m, wide in leaf.factors:
+        found = (found[:, None] + torch.arange(m) * wide).flatten()
+    return found
+
+
 def _count(leaf: Leaf, grown: bool) -> int:
     count = 1
     for _, n, _, m, _ in leaf.factors:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,18 +13,20 @@ import torch
 
 from regauge.discover import Gauge
 from regauge.errors import RecipeError, Refused
-from regauge.growing.fill import New, fill, grown
+from regauge.growing.fill import Fill, New, fill, grown
 from regauge.growing.fit import Fit, fitted, replaced
-from regauge.growing.reach import Follower, Reach
-from regauge.growing.roles import Role, role_of, silent_sides
+from regauge.growing.reach import Follower, Reach, Side
+from regauge.growing.roles import Role, key_product, key_sides, role_of, silent_sides
 from regauge.growing.same import changed_constants, same_but_for_sizes
 from regauge.growing.sizes import GrownAxis, grown_axis
+from regauge.interpret import op_name
 from regauge.moves.base import Change, Move, Option, Preserves, Scene, Used
 from regauge.patches import Patch
 from regauge.plan import Made
 from regauge.solve.layout import Layout
 
 ROLES = {
+    Role.CHANNELS: "channels between two convolutions",
     Role.NEURONS: "neurons of every feed-forward layer",
     Role.HEADS: "heads of keys and values, each with its query heads",
     Role.QUERIES: "query heads for every head of keys and values, where they are shared",
@@ -39,7 +42,7 @@ class _Grown:
     reach: Reach
     role: Role
     size: int
-    silent: tuple[tuple[str, int, int], ...]
+    silent: tuple[Side, ...]
 
 
 def plan_grow(scene: Scene, options: Mapping[str, Any]) -> Change:
@@ -50,6 +53,7 @@ def plan_grow(scene: Scene, options: Mapping[str, Any]) -> Change:
     index     written by (any new rows)    silent on the new indices
     ========  ===========================  =============================
     neurons   W1[i, :], gate[i, :], b[i]   W2[:, i]
+    channels  W1[i, …], norm[i], b[i]      W2[:, i, …]
     heads     q, k, v [h, :, :], biases    o[:, h, :]
     queries   q [h, g, :, :], biases       o[:, h, g, :]
     values    v [h, e, :], biases          o[:, h, e]
@@ -65,7 +69,8 @@ def plan_grow(scene: Scene, options: Mapping[str, Any]) -> Change:
         raise RecipeError("bad noise", expected="0 to below 1", found=str(options["noise"]))
     trace = scene.trace
     _, layout = scene.gauge.walk(untied=scene.state.untied)
-    chosen = _chosen(Follower(layout), layout, options)
+    follower = Follower(layout)
+    chosen = _chosen(follower, layout, options)
     sizes = {item.reach.atom: item.size for item in chosen}
     axes: dict[str, tuple[GrownAxis, ...]] = {}
     for value in layout.facts.parameters.values():
@@ -78,8 +83,9 @@ def plan_grow(scene: Scene, options: Mapping[str, Any]) -> Change:
         names = {alias: name for name, group in trace.aliases.items() for alias in group}
         return same_but_for_sizes(trace, gauge.trace, found, axes, names, replaced(patches))
 
-    fit = fitted(scene.trial, trace, wanted, _candidates(axes), accept)
-    _constants(scene, fit)
+    lengths = {item.reach.size: item.size for item in chosen if item.reach.turned}
+    fit = fitted(scene.trial, trace, wanted, _candidates(axes), accept, lengths)
+    factors = _factors(scene, fit, chosen, follower)
     fills = {
         item.reach.atom: fill(new, item.reach.size, item.size, options["noise"], scene.random)
         for item in chosen
@@ -93,7 +99,8 @@ def plan_grow(scene: Scene, options: Mapping[str, Any]) -> Change:
             if held == name
         ]
         seed = int(torch.randint(1 << 62, (), generator=scene.random))
-        build = partial(_value, scene, name, axes[name], fills, silent, seed)
+        scales = {(axis, offset): f for (held, axis, offset), f in factors.items() if held == name}
+        build = partial(_value, scene.read, name, axes[name], fills, silent, scales, seed)
         made[name] = Made(wanted[name], name, build)
     used = tuple(
         Used(f"{item.role}", "growth", item.size, 1, len(item.reach.sides), 0.0, 0.0) for item in chosen
@@ -102,9 +109,16 @@ def plan_grow(scene: Scene, options: Mapping[str, Any]) -> Change:
 
 
 def _value(
-    scene: Scene, name: str, axes: tuple[GrownAxis, ...], fills: Any, silent: Any, seed: int, _: Any
+    read: Callable[[str], torch.Tensor],
+    name: str,
+    axes: tuple[GrownAxis, ...],
+    fills: Mapping[int, Fill],
+    silent: list[tuple[int, int, int]],
+    scales: Mapping[tuple[int, int], float],
+    seed: int,
+    _: Any,
 ) -> torch.Tensor:
-    return grown(scene.read(name), axes, fills, silent, seed)
+    return grown(read(name), axes, fills, silent, scales, seed)
 
 
 def _shape(axes: tuple[GrownAxis, ...]) -> tuple[int, ...]:
@@ -122,7 +136,7 @@ def _chosen(follower: Follower, layout: Layout, options: Mapping[str, Any]) -> l
         for block in layout.blocks(value)
         for o in block.order
     )
-    chosen: list[_Grown] = []
+    found: dict[Role, list[Reach]] = {role: [] for role in wanted}
     refusals: list[Refused] = []
     for atom in atoms:
         try:
@@ -131,17 +145,47 @@ def _chosen(follower: Follower, layout: Layout, options: Mapping[str, Any]) -> l
             refusals.append(refusal)
             continue
         role = role_of(reach)
-        if role in wanted:
-            size = _size(wanted[role], reach.size, role)
-            chosen.append(_Grown(reach, role, size, silent_sides(follower, reach)))
-    for role in wanted:
-        if not any(item.role is role for item in chosen):
+        if role in wanted and _matches(reach, options["where"]):
+            found[role].append(reach)
+    chosen: list[_Grown] = []
+    for role, held in found.items():
+        if not held:
             raise Refused(
                 f"there are no {role} here that can grow",
                 expected=ROLES[role],
                 found=refusals[0].message if refusals else "no such index set",
                 node=refusals[0].node if refusals else None,
             )
+        for reach, size in _sizes(wanted[role], role, held):
+            chosen.append(_Grown(reach, role, size, silent_sides(follower, reach)))
+    return chosen
+
+
+def _matches(reach: Reach, pattern: str | None) -> bool:
+    return pattern is None or any(fnmatch.fnmatchcase(name, pattern) for name, _, _ in reach.sides)
+
+
+def _sizes(text: str, role: Role, held: list[Reach]) -> list[tuple[Reach, int]]:
+    """New sizes. A key may be partly turned by rotary embedding: then its other part grows, else pairs do."""
+    if role is not Role.KEYS:
+        return [(reach, _size(text, reach.size, role)) for reach in held]
+    products: dict[str, list[Reach]] = {}
+    for reach in held:
+        products.setdefault(key_product(reach).fact.node, []).append(reach)
+    chosen: list[tuple[Reach, int]] = []
+    for node, parts in products.items():
+        block, (axis, _) = key_product(parts[0]).left
+        before = block.value.shape[axis]
+        more = _size(text, before, role) - before
+        reach = next((reach for reach in parts if not reach.turned), parts[0])
+        if reach.turned and more % 2:
+            raise Refused(
+                "entries of a key that rotary embedding turns come in pairs",
+                node=node,
+                expected=f"{before} and an even number",
+                found=str(before + more),
+            )
+        chosen.append((reach, reach.size + more // (1 + reach.turned)))
     return chosen
 
 
@@ -174,16 +218,34 @@ def _candidates(axes: Mapping[str, tuple[GrownAxis, ...]]) -> dict[int, set[int]
     return sizes
 
 
-def _constants(scene: Scene, fit: Fit) -> None:
-    changed = changed_constants(scene.trace, fit.gauge.trace, replaced(fit.patches))
-    if changed:
-        node, numbers = next(iter(changed.items()))
-        raise Refused(
-            "a constant of the forward pass changes with the size",
-            node=node,
-            expected="the same numbers",
-            found=", ".join(f"{a} became {b}" for a, b in numbers),
-        )
+def _factors(scene: Scene, fit: Fit, chosen: list[_Grown], follower: Follower) -> dict[Side, float]:
+    """Factors on the keys where the scale of a product q·k changes with their size: k ← (s / s′) k.
+
+    Raises:
+        Refused: another constant of the forward pass changes.
+    """
+    factors: dict[Side, float] = {}
+    for node, numbers in changed_constants(scene.trace, fit.gauge.trace, replaced(fit.patches)).items():
+        keys = [item for item in chosen if item.role is Role.KEYS]
+        mine = [item for item in keys if _scales(scene, node, key_product(item.reach).fact.node)]
+        if not mine or len(numbers) != 1 or not all(numbers[0]):
+            raise Refused(
+                "a constant of the forward pass changes with the size",
+                node=node,
+                expected="the same numbers, or the scale of a product of queries and keys",
+                found=", ".join(f"{a} became {b}" for a, b in numbers) or "a number more or less",
+            )
+        ((old, new),) = numbers
+        for side in key_sides(follower, mine[0].reach):
+            factors[side] = old / new
+    return factors
+
+
+def _scales(scene: Scene, name: str, product: str) -> bool:
+    """Whether an operation is a product of queries and keys, or multiplies its result by a number."""
+    node = next(node for node in scene.trace.graph.nodes if node.name == name)
+    inputs = [held.name for held in node.all_input_nodes]
+    return name == product or (op_name(node) in ("aten.mul", "aten.div") and inputs == [product])
 
 
 GROW = Move(
@@ -194,6 +256,7 @@ GROW = Move(
     plan_grow,
     {
         **{role.value: Option(str, None, f"{text}: a number, or +N") for role, text in ROLES.items()},
+        "where": Option(str, None, "only index sets with a parameter whose name matches, as layers.3.*"),
         "new": Option(str, "pairs", "what the new entries hold", tuple(New)),
         "noise": Option(float, 0.5, "split: how unequal the shares are, 0 to below 1"),
     },
