@@ -188,12 +188,15 @@ def set_attributes(module: nn.Module, values: Any) -> None:
 
 
 def set_buffers(module: nn.Module, values: Any) -> None:
-    """Give buffers with one axis, such as rotary frequencies, other values and another length."""
+    """Give numbers and lists of numbers that a module keeps as buffers, such as rotary frequencies, other
+    values; lists may have another length."""
+    buffers = dict(module.named_buffers(recurse=False))
     for name, numbers in values.items():
-        held = module._buffers.get(name)
-        if held is None or held.dim() != 1 or not held.is_floating_point():
-            raise TypeError(f"the module has no buffer {name} of one axis")
-        module._buffers[name] = torch.tensor(numbers, dtype=held.dtype, device=held.device)
+        held = buffers.get(name)
+        if held is None or held.dim() > 1 or not held.is_floating_point():
+            raise TypeError(f"the module has no list of numbers {name}")
+        new = torch.tensor(numbers, dtype=held.dtype, device=held.device)
+        setattr(module, name, new if held.dim() else new.reshape(()))
 
 
 SETTERS: dict[str, Any] = {"attributes": set_attributes, "buffers": set_buffers}

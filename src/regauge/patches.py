@@ -16,7 +16,15 @@ from torch import fx, nn
 
 from regauge.errors import BadInput, Refused
 from regauge.interpret import op_name
-from regauge.modeling_regauge import KEEPS, SETTERS, Convolution, Norm, PatchError, TransposedLinear, apply_patches
+from regauge.modeling_regauge import (
+    KEEPS,
+    SETTERS,
+    Convolution,
+    Norm,
+    PatchError,
+    TransposedLinear,
+    apply_patches,
+)
 from regauge.trace import Trace, module_class, module_path
 
 Patch = Mapping[str, Any]

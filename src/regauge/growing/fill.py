@@ -71,6 +71,7 @@ def grown(
     fills: Mapping[int, Fill],
     silent: Sequence[tuple[int, int, int]],
     scales: Mapping[tuple[int, int], float],
+    chart: float,
     seed: int,
 ) -> torch.Tensor:
     """A parameter after growth, float64.
@@ -81,9 +82,10 @@ def grown(
         fills: atom id -> how its indices are filled.
         silent: (axis, offset of the leaf, atom id) along which it is a silent side.
         scales: (axis, offset of the leaf) -> factor on all its entries.
+        chart: added to the stored value before anything else, and subtracted at the end (1 for gains 1 + w).
         seed: of what is drawn: normal with the standard deviation of ``old``, or for vectors their mean.
     """
-    old = old.to(torch.float64)
+    old = old.to(torch.float64) + chart
     shape = [axis.size for axis in axes]
     if old.dim() > 1:
         random = torch.Generator().manual_seed(seed)
@@ -105,4 +107,4 @@ def grown(
                 factor[positions(leaf)] *= scales[number, leaf.offset]
         value = value.index_select(number, origin)
         value = value * factor.reshape([-1 if d == number else 1 for d in range(value.dim())])
-    return value
+    return value - chart

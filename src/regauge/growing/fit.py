@@ -55,9 +55,7 @@ def trial_of(
     """A trial that goes on from a plan; ``build`` and ``gauge`` take plans."""
 
     def further(changes: Mapping[str, Any], patches: Sequence[Patch]) -> Rewrite:
-        return replace(
-            plan, config={**plan.config, **changes}, patches=merged(plan.patches, patches)
-        )
+        return replace(plan, config={**plan.config, **changes}, patches=merged(plan.patches, patches))
 
     return Trial(
         config,
@@ -120,10 +118,11 @@ def fitted(
                 continue
             return Fit(config, (*patches, *kept), gauge)
     raise Refused(
-        "no configuration of this architecture has the shapes asked for, and no replacement of modules gives them",
+        "neither a configuration of this architecture nor replaced modules have the shapes asked for",
         parameter=next(iter(wanted)),
         expected=str(next(iter(wanted.values()))),
-        found="; ".join(dict.fromkeys(reasons))[:300] or "no entry of the configuration has a size that grows",
+        found="; ".join(dict.fromkeys(reasons))[:300]
+        or "no entry of the configuration has a size that grows",
         way_out="grow what the architecture ties together in one step (such as keys and values)",
     )
 
@@ -149,10 +148,13 @@ def _kept_buffers(
             return None
         if a.shape == b.shape and torch.equal(a, b):
             continue
+        path, _, leaf = name.rpartition(".")
+        if a.shape == b.shape and a.dim() == 0 and a.is_floating_point():
+            values.setdefault(path, {})[leaf] = [float(a)]
+            continue
         if a.dim() != 1 or not a.is_floating_point() or lengths.get(len(a)) != len(b) or len(a) < 2:
             return None
         more = a[-1].double() * (a[-1].double() / a[-2].double()) ** torch.arange(1, len(b) - len(a) + 1)
-        path, _, leaf = name.rpartition(".")
         values.setdefault(path, {})[leaf] = torch.cat([a, more.to(a.dtype)]).tolist()
         for other, held in before.items():  # copies that the module keeps beside it
             if other != name and other.rpartition(".")[0] == path and torch.equal(held, a):
@@ -172,7 +174,6 @@ def _by_config(
         return
     leaves = dict(_leaves(trial.resolved))
     pins = {key: n for key, n in leaves.items() if _at(trial.config, key) is None and n is not None}
-    pins = {key: n for key, n in pins.items() if n in sizes}
     options = {key: sorted(sizes[n]) for key, n in leaves.items() if n is not None and n in sizes}
     blank = sorted({m for new in sizes.values() for m in new})
     unset = {key: blank for key, n in leaves.items() if n is None}
@@ -182,9 +183,14 @@ def _by_config(
             tried += 1
             if tried > MOST_TRIALS:
                 return
-            changes = _changes(trial.config, {**pins, **chosen})
-            if _has(trial, changes, (), trace, wanted):
-                yield changes, ()
+            held = {**pins, **chosen}
+            if not _has(trial, _changes(trial.config, held), (), trace, wanted):
+                continue
+            for key in [key for key in pins if key not in chosen]:
+                without = {k: n for k, n in held.items() if k != key}
+                if _has(trial, _changes(trial.config, without), (), trace, wanted):
+                    held = without
+            yield _changes(trial.config, held), ()
 
 
 def _choices(options: Mapping[Key, Sequence[int]], fresh: set[Key] | None) -> Iterator[dict[Key, int]]:
@@ -214,15 +220,16 @@ def _at(content: Any, key: Key) -> Any:
 def _changes(config: Mapping[str, Any], chosen: Mapping[Key, int]) -> dict[str, Any]:
     """Top-level entries with the chosen leaves put in."""
     changes: dict[str, Any] = {}
-    for (top, *rest), value in chosen.items():
-        if not rest:
+    for key, value in chosen.items():
+        top = key[0]
+        if len(key) == 1:
             changes[top] = value
             continue
         section: dict[str, Any] = _copied(changes.get(top, config.get(top) or {}))
         inner = section
-        for part in rest[:-1]:
+        for part in key[1:-1]:
             inner = inner.setdefault(part, {})
-        inner[rest[-1]] = value
+        inner[str(key[-1])] = value
         changes[top] = section
     return changes
 
@@ -307,6 +314,8 @@ def resized(module: Replaceable, trace: Trace, wanted: Shapes) -> Patch | None:
         patch["rows"], patch["size"] = shape(module.weight)
     elif kind in ("norm", "affine"):
         (patch["size"],) = shape(module.weight)
+        if kind == "norm":
+            patch["eps"] *= module.patch["size"] / patch["size"]
     else:
         return None
     return patch

@@ -67,7 +67,7 @@ class Reach:
         mixed: some product of two activations has it in one factor alone (as values are).
         turned: it counts the pairs that a rotary position embedding turns.
         came: slice -> the slices it is made of, entry by entry.
-        rearranged: slices that hold the entries of another one in another order, or summed along another axis.
+        rearranged: slices that hold the entries of another one in another order, or sums of them.
         gains: parameters that multiply an activation entry by entry.
     """
 
@@ -297,9 +297,7 @@ def _pointwise(layout: Layout, fact: Pointwise) -> Iterable[_Relation]:
 
     for out, ins in layout.pointwise(fact):
         if any(block is None for block, _ in ins):
-            yield _Relation(
-                fact, out, [], _never, bad=[(out, o, "layouts do not match") for o in out.order]
-            )
+            yield _Relation(fact, out, [], _never, bad=[(out, o, "layouts do not match") for o in out.order])
             continue
         live = [(block, mapping) for block, mapping in ins if block is not None]
         bad = [(block, o, "layouts do not match") for block, m in live for o in block.order if o not in m]
@@ -334,7 +332,9 @@ def _reduce(layout: Layout, fact: Reduce) -> Iterable[_Relation]:
             offsets[j] = block.offsets[i]
         out = layout.pick(fact.out, offsets)
         if out is None:
-            yield _Relation(fact, None, [], _never, bad=[(block, o, "layouts do not match") for o in block.order])
+            yield _Relation(
+                fact, None, [], _never, bad=[(block, o, "layouts do not match") for o in block.order]
+            )
             continue
         mapping = {
             o: (keep[o[0]], o[1])

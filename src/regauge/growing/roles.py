@@ -69,6 +69,11 @@ def key_product(reach: Reach) -> Sum:
     return next(s for s in reach.sums if s.right is not None and not _normed(s) and not _readers(reach, s))
 
 
+def norms(reach: Reach) -> list[Sum]:
+    """Where the squared length of an activation is taken over the index set."""
+    return [s for s in reach.sums if _normed(s)]
+
+
 def key_sides(follower: Follower, reach: Reach) -> set[Side]:
     """Everything that writes the key, whichever of its entries."""
     product = key_product(reach)

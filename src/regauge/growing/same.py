@@ -13,6 +13,9 @@ from regauge.interpret import op_name
 from regauge.solve.layout import Layout
 from regauge.trace import Trace, module_path
 
+Place = tuple[int, tuple[tuple[int, int], ...]]
+"""Offset of a leaf, and size and stride of its factors."""
+
 
 def same_but_for_sizes(
     old: Trace,
@@ -78,10 +81,12 @@ def _numbers(node: fx.Node, trace: Trace) -> Iterator[float]:
                 yield float(held.to(torch.float64))
 
 
-def _grown(leaf: Leaf) -> tuple[int, tuple[tuple[int, int], ...]]:
+def _grown(leaf: Leaf) -> Place:
     return leaf.grown_offset, tuple((m, wide) for _, _, _, m, wide in leaf.factors)
 
 
-def _flat(leaves: list[tuple[int, tuple[tuple[int, int], ...]]]) -> list[tuple[int, tuple[tuple[int, int], ...]]]:
+def _flat(
+    leaves: list[tuple[int, tuple[tuple[int, int], ...]]],
+) -> list[tuple[int, tuple[tuple[int, int], ...]]]:
     """Leaves without factors of one index."""
     return sorted((offset, tuple(f for f in factors if f[0] > 1)) for offset, factors in leaves)

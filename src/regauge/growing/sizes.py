@@ -108,9 +108,7 @@ def _leaves(structure: Structure, axis: list[Atom], sizes: Mapping[int, int]) ->
             start = grown_start = 0
             for segment in atom.segments:
                 for part in _leaves(structure, segment, sizes):
-                    head = tuple(
-                        (a, n, s * inner, m, w * grown_inner) for a, n, s, m, w in part.factors
-                    )
+                    head = tuple((a, n, s * inner, m, w * grown_inner) for a, n, s, m, w in part.factors)
                     more.extend(
                         Leaf(
                             (start + part.offset) * inner + tail.offset,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,13 +12,13 @@ import torch
 
 from regauge.discover import Gauge
 from regauge.errors import RecipeError, Refused
+from regauge.growing.correct import Growing, corrected
 from regauge.growing.fill import Fill, New, fill, grown
-from regauge.growing.fit import Fit, fitted, replaced
-from regauge.growing.reach import Follower, Reach, Side
-from regauge.growing.roles import Role, key_product, key_sides, role_of, silent_sides
-from regauge.growing.same import changed_constants, same_but_for_sizes
+from regauge.growing.fit import fitted, replaced
+from regauge.growing.reach import Follower, Reach
+from regauge.growing.roles import Role, key_product, role_of, silent_sides
+from regauge.growing.same import same_but_for_sizes
 from regauge.growing.sizes import GrownAxis, grown_axis
-from regauge.interpret import op_name
 from regauge.moves.base import Change, Move, Option, Preserves, Scene, Used
 from regauge.patches import Patch
 from regauge.plan import Made
@@ -32,17 +31,8 @@ ROLES = {
     Role.QUERIES: "query heads for every head of keys and values, where they are shared",
     Role.KEYS: "entries of a key and a query, per head",
     Role.VALUES: "entries of a value, per head",
+    Role.RESIDUAL: "width of the residual stream, where RMSNorms read it",
 }
-
-
-@dataclass(frozen=True)
-class _Grown:
-    """An index set that grows."""
-
-    reach: Reach
-    role: Role
-    size: int
-    silent: tuple[Side, ...]
 
 
 def plan_grow(scene: Scene, options: Mapping[str, Any]) -> Change:
@@ -58,9 +48,10 @@ def plan_grow(scene: Scene, options: Mapping[str, Any]) -> Change:
     queries   q [h, g, :, :], biases       o[:, h, g, :]
     values    v [h, e, :], biases          o[:, h, e]
     keys      q [h, e, :], biases          k [h, e, :], its bias
+    residual  (readers, gains: any)        every writer of the stream
     ========  ===========================  =============================
 
-    Source: Gesmundo and Maile, Composable Function-preserving Expansions (arXiv 2308.06103), expansions 1-4.
+    Source: Gesmundo and Maile, Composable Function-preserving Expansions (arXiv 2308.06103), expansions 1-5.
     """
     if scene.trial is None:
         raise Refused("this model cannot be rebuilt in another size", expected="a directory or a module")
@@ -85,11 +76,12 @@ def plan_grow(scene: Scene, options: Mapping[str, Any]) -> Change:
 
     lengths = {item.reach.size: item.size for item in chosen if item.reach.turned}
     fit = fitted(scene.trial, trace, wanted, _candidates(axes), accept, lengths)
-    factors = _factors(scene, fit, chosen, follower)
-    fills = {
-        item.reach.atom: fill(new, item.reach.size, item.size, options["noise"], scene.random)
-        for item in chosen
-    }
+    fit, factors = corrected(scene.trial, fit, trace, layout, chosen)
+    fills: dict[int, Fill] = {}
+    for item in chosen:
+        kind = New.ZERO if item.role is Role.RESIDUAL else new
+        fills[item.reach.atom] = fill(kind, item.reach.size, item.size, options["noise"], scene.random)
+    charts = {name: chart for name, chart in layout.facts.parameters}
     made: dict[str, Made] = {}
     for name in wanted:
         silent = [
@@ -100,7 +92,7 @@ def plan_grow(scene: Scene, options: Mapping[str, Any]) -> Change:
         ]
         seed = int(torch.randint(1 << 62, (), generator=scene.random))
         scales = {(axis, offset): f for (held, axis, offset), f in factors.items() if held == name}
-        build = partial(_value, scene.read, name, axes[name], fills, silent, scales, seed)
+        build = partial(_value, scene.read, name, axes[name], fills, silent, scales, charts[name], seed)
         made[name] = Made(wanted[name], name, build)
     used = tuple(
         Used(f"{item.role}", "growth", item.size, 1, len(item.reach.sides), 0.0, 0.0) for item in chosen
@@ -115,17 +107,18 @@ def _value(
     fills: Mapping[int, Fill],
     silent: list[tuple[int, int, int]],
     scales: Mapping[tuple[int, int], float],
+    chart: float,
     seed: int,
     _: Any,
 ) -> torch.Tensor:
-    return grown(read(name), axes, fills, silent, scales, seed)
+    return grown(read(name), axes, fills, silent, scales, chart, seed)
 
 
 def _shape(axes: tuple[GrownAxis, ...]) -> tuple[int, ...]:
     return tuple(axis.size for axis in axes)
 
 
-def _chosen(follower: Follower, layout: Layout, options: Mapping[str, Any]) -> list[_Grown]:
+def _chosen(follower: Follower, layout: Layout, options: Mapping[str, Any]) -> list[Growing]:
     """Every index set with a role whose size was asked for."""
     wanted = {role: str(options[role]) for role in ROLES if options[role] is not None}
     if not wanted:
@@ -147,7 +140,7 @@ def _chosen(follower: Follower, layout: Layout, options: Mapping[str, Any]) -> l
         role = role_of(reach)
         if role in wanted and _matches(reach, options["where"]):
             found[role].append(reach)
-    chosen: list[_Grown] = []
+    chosen: list[Growing] = []
     for role, held in found.items():
         if not held:
             raise Refused(
@@ -157,7 +150,7 @@ def _chosen(follower: Follower, layout: Layout, options: Mapping[str, Any]) -> l
                 node=refusals[0].node if refusals else None,
             )
         for reach, size in _sizes(wanted[role], role, held):
-            chosen.append(_Grown(reach, role, size, silent_sides(follower, reach)))
+            chosen.append(Growing(reach, role, size, silent_sides(follower, reach)))
     return chosen
 
 
@@ -216,36 +209,6 @@ def _candidates(axes: Mapping[str, tuple[GrownAxis, ...]]) -> dict[int, set[int]
             if before != after:
                 sizes.setdefault(before, set()).add(after)
     return sizes
-
-
-def _factors(scene: Scene, fit: Fit, chosen: list[_Grown], follower: Follower) -> dict[Side, float]:
-    """Factors on the keys where the scale of a product q·k changes with their size: k ← (s / s′) k.
-
-    Raises:
-        Refused: another constant of the forward pass changes.
-    """
-    factors: dict[Side, float] = {}
-    for node, numbers in changed_constants(scene.trace, fit.gauge.trace, replaced(fit.patches)).items():
-        keys = [item for item in chosen if item.role is Role.KEYS]
-        mine = [item for item in keys if _scales(scene, node, key_product(item.reach).fact.node)]
-        if not mine or len(numbers) != 1 or not all(numbers[0]):
-            raise Refused(
-                "a constant of the forward pass changes with the size",
-                node=node,
-                expected="the same numbers, or the scale of a product of queries and keys",
-                found=", ".join(f"{a} became {b}" for a, b in numbers) or "a number more or less",
-            )
-        ((old, new),) = numbers
-        for side in key_sides(follower, mine[0].reach):
-            factors[side] = old / new
-    return factors
-
-
-def _scales(scene: Scene, name: str, product: str) -> bool:
-    """Whether an operation is a product of queries and keys, or multiplies its result by a number."""
-    node = next(node for node in scene.trace.graph.nodes if node.name == name)
-    inputs = [held.name for held in node.all_input_nodes]
-    return name == product or (op_name(node) in ("aten.mul", "aten.div") and inputs == [product])
 
 
 GROW = Move(
