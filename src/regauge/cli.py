@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from regauge.cli_grow import grow
+from regauge.cli_options import AsJson, Memory, Out, Source, Storage, TextFile, write_and_show
 from regauge.cli_support import (
     described,
     exported,
@@ -16,9 +18,7 @@ from regauge.cli_support import (
     parse_size,
     print_json,
     progress_bar,
-    rewritten,
     show,
-    torch_dtype,
     wide,
 )
 from regauge.errors import EXIT_CERTIFICATE, BadInput, RecipeError
@@ -33,29 +33,9 @@ app = typer.Typer(
 )
 
 
-class Dtype(StrEnum):
-    FLOAT64 = "float64"
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-
-
 class Format(StrEnum):
     ONNX = "onnx"
     PT2 = "pt2"
-
-
-Source = Annotated[
-    str,
-    typer.Argument(
-        metavar="SRC", help="A Hugging Face directory, a GGUF file, or packaged:NAME.", show_default=False
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; errors as JSON on stderr.")]
-TextFile = Annotated[
-    Path | None, typer.Option("--text", help="Compare on the tokens of this UTF-8 file, not random inputs.")
-]
-Memory = Annotated[str | None, typer.Option("--max-memory", metavar="SIZE", help="Stay near this, e.g. 2GB.")]
 
 
 def _version(wanted: bool) -> None:
@@ -128,17 +108,13 @@ def inspect(
 @app.command()
 def rewrite(
     source: Source,
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="New directory; must not exist.", show_default=False)
-    ],
+    out: Out,
     move: Annotated[
         list[str] | None,
         typer.Option("--move", metavar="NAME[:k=v,...]", help="A move; may be given many times, in order."),
     ] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", help="Moves from a YAML file instead.")] = None,
-    dtype: Annotated[
-        Dtype | None, typer.Option("--dtype", help="Storage of the result. Default: as the source.")
-    ] = None,
+    dtype: Storage = None,
     seed: Annotated[
         int | None, typer.Option("--seed", help="Of everything drawn at random. Default: 0.")
     ] = None,
@@ -169,26 +145,10 @@ def rewrite(
                 way_out="`regauge moves` lists the moves",
             )
         plan = load_recipe(recipe) if recipe is not None else Recipe(moves=tuple(map(parse_move, move or ())))
-        limit = None if max_memory is None else parse_size(max_memory)
-        from regauge.api import rewrite as run
+        write_and_show(source, out, plan, dtype, seed, max_memory, text, as_json=json)
 
-        with progress_bar(quiet=json) as progress:
-            result = run(
-                source,
-                out,
-                plan,
-                dtype=None if dtype is None else torch_dtype(dtype),
-                seed=seed,
-                max_memory=limit,
-                text=text,
-                progress=progress,
-            )
-        if json:
-            print_json(rewritten(result, str(out)))
-        else:
-            from regauge.show import result_view
 
-            show(result_view(result, str(out)))
+app.command()(grow)
 
 
 @app.command()

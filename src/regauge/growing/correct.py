@@ -73,7 +73,7 @@ def corrected(
     for node, numbers in changed_constants(trace, fit.gauge.trace, replaced(fit.patches)).items():
         if len(numbers) != 1 or not all(numbers[0]):
             raise _changes(node, numbers)
-        ((old, new),) = numbers
+        old, new = (float(number) for number in numbers[0])
         mine = [item for item in keys if _scales(trace, node, key_product(item.reach).fact.node)]
         if mine:
             factors |= dict.fromkeys(key_sides(Follower(layout), mine[0].reach), old / new)

@@ -270,7 +270,7 @@ def _by_patches(
     yield {}, base
     model, _ = trial.build({}, ())
     inside = {path for owner in ours for path in _above(owner)}
-    held: dict[tuple[str, str], list[tuple[str, int]]] = {}
+    held: dict[Key, list[tuple[str, int]]] = {}
     for path, module in model.named_modules():
         if path in inside and path not in ours:
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
