@@ -12,32 +12,17 @@ a power, a homogeneous or an odd function of a zero is zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from regauge.errors import Refused
-from regauge.facts import (
-    AlignPermutation,
-    Center,
-    Concat,
-    Contract,
-    Fact,
-    Law,
-    Normalise,
-    Pointwise,
-    Reduce,
-    Remap,
-    Rotary,
-    Stop,
-    Value,
-)
-from regauge.solve.layout import Block, Layout, Occurrence, OccurrenceMap
+from regauge.facts import Contract, Fact, Law, Pointwise, Reduce, Remap, Rotary
+from regauge.growing.passing import Relation, relations
+from regauge.solve.layout import Block, Layout, Occurrence
 
 Slice = tuple[Block, Occurrence]
 Side = tuple[str, int, int]
 """A parameter by state-dict name, one of its axes, and where on it the part that has the index set begins."""
-
-_ZERO_AT_ZERO = (Law.POWER, Law.HOMOGENEOUS, Law.ABSOLUTE, Law.ODD)
 
 
 @dataclass(frozen=True)
@@ -115,7 +100,7 @@ class Follower:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.facts = layout.facts
-        self._relations: list[_Relation] | None = None
+        self._relations: list[Relation] | None = None
 
     def reach(self, atom: int) -> Reach:
         """Where the index set ``atom`` goes.
@@ -137,235 +122,74 @@ class Follower:
         if found is None:
             raise Refused("no parameter has this index set", space=f"atom {atom}")
         for relation in self._all():
-            relation.enter(found)
+            _enter(relation, found)
         return found
 
     def zero(self, reach: Reach, sides: Iterable[Side]) -> set[Slice]:
         """Every slice that is zero on the new indices when these parameters are, along these axes."""
         zero: set[Slice] = {part for side in sides for part in reach.sides[side]}
         for relation in self._all():
-            relation.spread(reach.atom, zero)
+            _spread(relation, reach.atom, zero)
         return zero
 
-    def _all(self) -> list[_Relation]:
+    def _all(self) -> list[Relation]:
         if self._relations is None:
-            self._relations = list(_relations(self.layout))
+            self._relations = list(relations(self.layout))
         return self._relations
 
 
-@dataclass
-class _Relation:
-    """One output block of one fact: which occurrences of the inputs become which of the output.
-
-    Attributes:
-        fact: the fact.
-        out: the output block, None where a fact has none.
-        ins: input blocks with their maps into the output.
-        pairs: contracted occurrences of the two inputs.
-        over: occurrences of the first input that are summed alone.
-        bad: occurrences that go nowhere known, with the reason.
-        zero: given, for each input that has an output occurrence or not, whether its slice is zero (None:
-            it does not have the occurrence), whether the output's is.
-        activations: both inputs of a contraction depend on what the network is given.
-    """
-
-    fact: Fact
-    out: Block | None
-    ins: list[tuple[Block, OccurrenceMap]]
-    zero: Callable[[list[bool | None]], bool]
-    pairs: list[tuple[Occurrence, Occurrence]] = field(default_factory=list)
-    over: list[Occurrence] = field(default_factory=list)
-    bad: list[tuple[Block, Occurrence, str]] = field(default_factory=list)
-    activations: bool = False
-
-    def enter(self, reach: Reach) -> None:
-        atom = reach.atom
-        for block, o, reason in self.bad:
-            if o[1] == atom:
-                self._refuse(block, reason)
-        if self.out is not None:
-            for block, mapping in self.ins:
-                for o, target in mapping.items():
-                    if o[1] == atom:
-                        reach.came.setdefault((self.out, target), []).append((block, o))
-                        if isinstance(self.fact, (Remap, Reduce)):
-                            reach.rearranged.add((self.out, target))
-        if isinstance(self.fact, Contract):
-            (a, free_a), (b, free_b) = self.ins
-            for x, y in self.pairs:
-                if x[1] == atom:
-                    reach.sums.append(Sum(self.fact, (a, x), (b, y)))
-            if self.activations:
-                left = {t: (a, o) for o, t in free_a.items() if o[1] == atom}
-                right = {t: (b, o) for o, t in free_b.items() if o[1] == atom}
-                reach.paired += [(left[t], right[t]) for t in left if t in right]
-                reach.mixed |= left.keys() != right.keys()
-        if isinstance(self.fact, Pointwise) and self.fact.law is Law.PRODUCT:
-            carriers = [(block, o) for block, mapping in self.ins for o in mapping if o[1] == atom]
-            stored = [reach.stored(part) for part in carriers]
-            if None in stored:
-                reach.gains.update(side for side in stored if side is not None)
-        for o in self.over:
-            if o[1] == atom:
-                reach.sums.append(Sum(self.fact, (self.ins[0][0], o), None))
-        if isinstance(self.fact, Rotary) and any(a.id == atom for a in self.fact.pairs):
-            reach.turned = True
-
-    def spread(self, atom: int, zero: set[Slice]) -> None:
-        if self.out is None:
-            return
-        for target in self.out.order:
-            if target[1] != atom or (self.out, target) in zero:
-                continue
-            known: list[bool | None] = []
-            for block, mapping in self.ins:
-                sources = [o for o, t in mapping.items() if t == target]
-                known.append(all((block, o) in zero for o in sources) if sources else None)
-            if any(state is not None for state in known) and self.zero(known):
-                zero.add((self.out, target))
-
-    def _refuse(self, block: Block, reason: str) -> None:
-        raise Refused(
-            "an index set cannot grow here: " + reason,
-            node=f"{self.fact.node} in {self.fact.module or 'the model'}",
-            expected="operations that treat its indices one by one, and sums",
-            found=self.fact.op or type(self.fact).__name__,
-        )
+def _enter(relation: Relation, reach: Reach) -> None:
+    atom = reach.atom
+    for o, reason in relation.bad:
+        if o[1] == atom:
+            _refuse(relation, reason)
+    if relation.out is not None:
+        for block, mapping in relation.ins:
+            for o, target in mapping.items():
+                if o[1] == atom:
+                    reach.came.setdefault((relation.out, target), []).append((block, o))
+                    if isinstance(relation.fact, (Remap, Reduce)):
+                        reach.rearranged.add((relation.out, target))
+    if isinstance(relation.fact, Contract):
+        (a, free_a), (b, free_b) = relation.ins
+        for x, y in relation.pairs:
+            if x[1] == atom:
+                reach.sums.append(Sum(relation.fact, (a, x), (b, y)))
+        if relation.activations:
+            left = {t: (a, o) for o, t in free_a.items() if o[1] == atom}
+            right = {t: (b, o) for o, t in free_b.items() if o[1] == atom}
+            reach.paired += [(left[t], right[t]) for t in left if t in right]
+            reach.mixed |= left.keys() != right.keys()
+    if isinstance(relation.fact, Pointwise) and relation.fact.law is Law.PRODUCT:
+        carriers = [(block, o) for block, mapping in relation.ins for o in mapping if o[1] == atom]
+        stored = [reach.stored(part) for part in carriers]
+        if None in stored:
+            reach.gains.update(side for side in stored if side is not None)
+    for o in relation.over:
+        if o[1] == atom:
+            reach.sums.append(Sum(relation.fact, (relation.ins[0][0], o), None))
+    if isinstance(relation.fact, Rotary) and any(a.id == atom for a in relation.fact.pairs):
+        reach.turned = True
 
 
-def _all_zero(known: list[bool | None]) -> bool:
-    return all(state is True for state in known)
-
-
-def _moved(known: list[bool | None]) -> bool:
-    return known[0] is True
-
-
-def _never(known: list[bool | None]) -> bool:
-    return False
-
-
-def _relations(layout: Layout) -> Iterable[_Relation]:
-    weights = {value.id for value in layout.facts.parameters.values()}
-    for fact in layout.facts.facts:
-        if isinstance(fact, (Remap, Reduce)) and fact.inp.id in weights:
-            weights.add(fact.out.id)
-        if isinstance(fact, Pointwise):
-            yield from _pointwise(layout, fact)
-        elif isinstance(fact, Remap):
-            for out, block, mapping in layout.remap(fact):
-                yield _carried(fact, out, block, mapping, fact.inp)
-        elif isinstance(fact, Concat):
-            for out, block, mapping in layout.concat(fact):
-                yield _carried(fact, out, block, mapping, *fact.ins)
-        elif isinstance(fact, Contract):
-            yield from _contract(layout, fact, not {fact.a.id, fact.b.id} & weights)
-        elif isinstance(fact, Reduce):
-            yield from _reduce(layout, fact)
-        elif isinstance(fact, (Center, Normalise, Rotary)):
-            yield from _same_shape(layout, fact)
-        elif isinstance(fact, Stop):
-            for block in layout.blocks(fact.value):
-                chosen = [o for o in block.order if fact.axes is None or o[0] in fact.axes]
-                yield _Relation(fact, None, [], _never, bad=[(block, o, fact.reason) for o in chosen])
-        elif isinstance(fact, AlignPermutation):
-            for block in layout.blocks(fact.a):
-                lost = [(block, o, "its entries are selected one by one") for o in block.order]
-                yield _Relation(fact, None, [], _never, bad=[x for x in lost if x[1][0] == fact.axis_a])
-        else:
-            raise TypeError(f"not known how a new index passes {type(fact).__name__}")
-
-
-def _carried(fact: Fact, out: Block, block: Block | None, mapping: OccurrenceMap, *ins: Value) -> _Relation:
-    if block is None:
-        bad = [(out, o, "layouts do not match") for o in out.order]
-        return _Relation(fact, out, [], _never, bad=bad)
-    lost = [(block, o, "layouts do not match") for o in block.order if o not in mapping]
-    return _Relation(fact, out, [(block, mapping)], _moved, bad=lost)
-
-
-def _pointwise(layout: Layout, fact: Pointwise) -> Iterable[_Relation]:
-    def zero(known: list[bool | None]) -> bool:
-        if fact.law is Law.SUM:
-            return _all_zero(known)
-        if fact.law is Law.PRODUCT:
-            exponents = fact.exponents or (1.0,) * len(known)
-            return any(state and e > 0 for state, e in zip(known, exponents, strict=True))
-        if fact.law is Law.POWER:
-            return _moved(known) and all(e > 0 for e in fact.exponents)
-        return fact.law in _ZERO_AT_ZERO and _all_zero(known)
-
-    for out, ins in layout.pointwise(fact):
-        if any(block is None for block, _ in ins):
-            yield _Relation(fact, out, [], _never, bad=[(out, o, "layouts do not match") for o in out.order])
+def _spread(relation: Relation, atom: int, zero: set[Slice]) -> None:
+    if relation.out is None:
+        return
+    for target in relation.out.order:
+        if target[1] != atom or (relation.out, target) in zero:
             continue
-        live = [(block, mapping) for block, mapping in ins if block is not None]
-        bad = [(block, o, "layouts do not match") for block, m in live for o in block.order if o not in m]
-        bad += [
-            (out, o, "is combined with a tensor that no parameter changes")
-            for o in out.order
-            if o[0] in fact.fixed
-        ]
-        yield _Relation(fact, out, live, zero, bad=bad)
+        known: list[bool | None] = []
+        for block, mapping in relation.ins:
+            sources = [o for o, t in mapping.items() if t == target]
+            known.append(all((block, o) in zero for o in sources) if sources else None)
+        if any(state is not None for state in known) and relation.zero(known):
+            zero.add((relation.out, target))
 
 
-def _contract(layout: Layout, fact: Contract, activations: bool) -> Iterable[_Relation]:
-    def zero(known: list[bool | None]) -> bool:
-        return any(state is True for state in known)
-
-    for a, out, b, free_a, free_b, pairs in layout.contract(fact):
-        used = {(0, x) for x, _ in pairs} | {(1, y) for _, y in pairs}
-        bad = [
-            (block, o, "is summed against a tensor that no parameter changes")
-            for side, (block, free) in enumerate(((a, free_a), (b, free_b)))
-            for o in block.order
-            if o not in free and (side, o) not in used
-        ]
-        yield _Relation(fact, out, [(a, free_a), (b, free_b)], zero, pairs, bad=bad, activations=activations)
-
-
-def _reduce(layout: Layout, fact: Reduce) -> Iterable[_Relation]:
-    keep: Mapping[int, int] = dict(fact.keep)
-    for block in layout.blocks(fact.inp):
-        offsets = [0] * fact.out.rank
-        for i, j in fact.keep:
-            offsets[j] = block.offsets[i]
-        out = layout.pick(fact.out, offsets)
-        if out is None:
-            yield _Relation(
-                fact, None, [], _never, bad=[(block, o, "layouts do not match") for o in block.order]
-            )
-            continue
-        mapping = {
-            o: (keep[o[0]], o[1])
-            for o in block.order
-            if o[0] in keep and (keep[o[0]], o[1]) in out.occurrences
-        }
-        over = [o for o in block.order if o[0] in fact.over]
-        lost = [(block, o, "layouts do not match") for o in block.order if o not in mapping and o not in over]
-        if fact.law is not Law.SUM:
-            lost += [(block, o, f"is reduced by {fact.op.removeprefix('aten.')}") for o in over]
-            over = []
-        zero = _moved if fact.law in (Law.SUM, Law.HOMOGENEOUS) else _never
-        yield _Relation(fact, out, [(block, mapping)], zero, over=over, bad=lost)
-
-
-def _same_shape(layout: Layout, fact: Center | Normalise | Rotary) -> Iterable[_Relation]:
-    for out in layout.blocks(fact.out):
-        block = layout.pick(fact.inp, list(out.offsets))
-        if block is None:
-            yield _Relation(fact, out, [], _never, bad=[(out, o, "layouts do not match") for o in out.order])
-            continue
-        mapping = {o: o for o in block.order if o in out.occurrences}
-        bad: list[tuple[Block, Occurrence, str]] = []
-        zero = _moved
-        if isinstance(fact, Center):
-            bad = [(block, o, "its mean is subtracted") for o in block.order if o[0] in fact.over]
-        elif isinstance(fact, Normalise):
-            bad = [(block, o, "passes through softmax") for o in block.order if o[0] == fact.axis]
-            zero = _never
-        else:
-            two = layout.structure.find(fact.two).id
-            bad = [(block, o, "is a pair turned by rotary position embedding") for o in block.order
-                   if o == (fact.axis, two)]  # fmt: skip
-        yield _Relation(fact, out, [(block, mapping)], zero, bad=bad)
+def _refuse(relation: Relation, reason: str) -> None:
+    raise Refused(
+        "an index set cannot grow here: " + reason,
+        node=f"{relation.fact.node} in {relation.fact.module or 'the model'}",
+        expected="operations that treat its indices one by one, and sums",
+        found=relation.fact.op or type(relation.fact).__name__,
+    )
