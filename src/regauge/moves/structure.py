@@ -14,15 +14,16 @@ from regauge.plan import Made
 def plan_strip(scene: Scene, options: Mapping[str, Any]) -> Change:
     """y = 1 · x + 0 = x: gains that are one and shifts and biases that are zero are no longer stored.
 
-    A norm's gain g[c] = 1 and shift b[c] = 0, and a linear map's bias b[o] = 0, for all entries; what they
-    are is read from the weights as the moves so far leave them. Exact in every dtype.
+    A norm's gain g[c] = 1 (stored as 0 where the module multiplies with 1 + w) and shift b[c] = 0, and a
+    linear map's bias b[o] = 0, for all entries; what they are is read from the weights as the moves so far
+    leave them. Exact in every dtype.
     """
     patches: list[Patch] = []
     drops: set[str] = set()
     kept = 0
     for module in replaceable(scene.trace).values():
         without = dict(module.patch)
-        for key, name, value in (("weight", module.weight, 1.0), ("bias", module.bias, 0.0)):
+        for key, name, value in (("weight", module.weight, 1.0 - module.chart), ("bias", module.bias, 0.0)):
             if name is None or (key == "weight" and module.patch["module"] != "norm"):
                 continue
             if bool((scene.read(name) == value).all()):
