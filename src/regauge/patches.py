@@ -17,7 +17,7 @@ from torch import fx, nn
 from regauge.errors import BadInput, Refused
 from regauge.interpret import op_name
 from regauge.modeling_regauge import HOOKS, Convolution, Norm, PatchError, TransposedLinear, apply_patches
-from regauge.primitive import primitive_norms
+from regauge.primitive import gain_of, primitive_norms
 from regauge.trace import Trace, module_class, module_path
 
 Patch = Mapping[str, Any]
@@ -80,6 +80,17 @@ def plain_modules(trace: Trace) -> dict[str, list[fx.Node]]:
         ):
             inside.setdefault(module_path(node), []).append(node)
     return {path: nodes for path, nodes in inside.items() if path}
+
+
+def gain_modules(trace: Trace) -> dict[str, str]:
+    """Path of every module that does nothing but multiply by a parameter of its own -> that parameter."""
+    found: dict[str, str] = {}
+    for path, nodes in plain_modules(trace).items():
+        gains = {gain_of(node, lambda value, path=path: own_parameter(trace, path, value)) for node in nodes}
+        held = {name for names in trace.aliases.values() for name in names if name.startswith(f"{path}.")}
+        if len(gains) == 1 and gains == held:
+            found[path] = held.pop()
+    return found
 
 
 def owners(trace: Trace, nodes: Iterable[str]) -> dict[str, Replaceable]:

@@ -17,6 +17,7 @@ from torch import fx
 from regauge.interpret import op_name
 
 CASTS = ("aten.to", "aten._to_copy", "aten.type_as", "aten.alias")
+PRODUCTS = ("aten.mul", "aten.multiply")
 SILENT = ("aten._assert_tensor_metadata",)
 
 
@@ -79,6 +80,18 @@ def primitive_norms(nodes: list[fx.Node], own: Callable[[Any], str | None]) -> l
     return [] if idle or len(set(sources)) != len(found) else found
 
 
+def gain_of(node: fx.Node, own: Callable[[Any], str | None]) -> str | None:
+    """The parameter g of an operation y[…] = g[…] · x[…], where y has the shape and dtype of x."""
+    if op_name(node) not in PRODUCTS or len(node.args) != 2 or node.kwargs:
+        return None
+    for x, gain in (node.args, node.args[::-1]):
+        name = own(gain)
+        if name is not None and isinstance(x, fx.Node) and own(x) is None:
+            before, after = x.meta["val"], node.meta["val"]
+            return name if (before.shape, before.dtype) == (after.shape, after.dtype) else None
+    return None
+
+
 def _same_as_input(node: fx.Node, value: _Seen) -> bool:
     """A cast that changed nothing: the tracer takes it for its argument, and others read it in its place."""
     return value.stage == "input" and value.source.meta["val"].dtype == node.meta["val"].dtype
@@ -113,7 +126,7 @@ def _follow(
         return replace(first, stage="square")
     if name == "aten.square" and stages == ("input",):
         return replace(first, stage="square")
-    if name in ("aten.mul", "aten.multiply") and stages == ("input", "input") and values[0] == values[1]:
+    if name in PRODUCTS and stages == ("input", "input") and values[0] == values[1]:
         return replace(first, stage="square")
     if name == "aten.mean" and stages == ("square",) and plain in ([[-1], True], [[rank - 1], True]):
         return replace(first, stage="mean")
@@ -129,11 +142,11 @@ def _follow(
         return replace(first, stage="root")
     if name == "aten.div" and len(values) == 2 and [v.stage for v in values] == ["input", "root"]:
         return _normed(values[0], values[1])
-    if name in ("aten.mul", "aten.multiply") and stages == ("input", "inverse"):
+    if name in PRODUCTS and stages == ("input", "inverse"):
         return _normed(*sorted(values, key=lambda value: value.stage))
     if name == "aten.add" and stages == ("gain",) and len(plain) == 1 and not first.chart:
         return replace(first, chart=_number(plain[0]))
-    if name in ("aten.mul", "aten.multiply") and stages == ("gain", "normed"):
+    if name in PRODUCTS and stages == ("gain", "normed"):
         gain, normed = sorted(values, key=lambda value: value.stage)
         if normed.weight is None:
             return replace(normed, weight=gain.weight, chart=gain.chart)
