@@ -11,8 +11,10 @@ import transformers
 from torch import Tensor, nn
 
 from regauge.api import load, rewrite, rewrite_module
+from regauge.embedding_scale import traced, without_scale
 from regauge.errors import Refused
 from regauge.modeling_regauge import Identity
+from test_end_to_end import build
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -133,3 +135,74 @@ def test_layer_scales_of_transformers(name: str, tmp_path: Path) -> None:
     x = torch.randn(2, 3, 12, 12)
     with torch.no_grad():
         assert distance(model(x).logits, again(x).logits) < 1e-5
+
+
+# --- constants on embeddings --------------------------------------------------------------------------------
+
+
+def language(name: str) -> Any:
+    """A random model whose embedding is multiplied by a constant, and the key that says so."""
+    common = {"vocab_size": 37, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    if name == "granite":
+        sizes = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 1}
+        config: Any = transformers.GraniteConfig(
+            **common,
+            **sizes,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            embedding_multiplier=12.0,
+            tie_word_embeddings=False,
+        )
+        return transformers.GraniteForCausalLM(config).eval(), "embedding_multiplier", 12.0
+    config = transformers.XGLMConfig(**common, d_model=24, ffn_dim=20, num_layers=1, attention_heads=4)
+    return transformers.XGLMForCausalLM(config).eval(), "scale_embedding", 24**0.5
+
+
+@pytest.mark.parametrize("name", ["granite", "xglm"])
+def test_a_constant_goes_into_the_embedding(name: str, tmp_path: Path) -> None:
+    model, key, constant = language(name)
+    model.save_pretrained(tmp_path / "source")
+    untie = ["untie"] if name == "xglm" else []
+    moves = [*untie, "fold-embedding-scale", "permute"]
+    result = rewrite(tmp_path / "source", tmp_path / "out", {"moves": moves[:-1]})
+    assert result.certificate.evidence.exact.relative < 1e-14
+    again = type(model).from_pretrained(tmp_path / "out").eval()
+    assert getattr(again.config, key) == (False if name == "xglm" else 1.0)
+    old, new = (m.get_input_embeddings().weight.detach() for m in (model, again))
+    assert torch.allclose(new, constant * old, rtol=1e-6)
+    head = again.get_output_embeddings().weight.detach()
+    assert torch.equal(head, model.get_output_embeddings().weight)
+    ids = torch.randint(4, 37, (2, 9))
+    with torch.no_grad():
+        assert distance(model(ids).logits, again(ids).logits) < 1e-6
+    assert rewrite(tmp_path / "source", tmp_path / "more", {"moves": moves}).certificate.passed
+    with pytest.raises(Refused, match="multiplied by a constant"):
+        rewrite(tmp_path / "out", tmp_path / "twice", {"moves": ["fold-embedding-scale"]})
+    if untie:
+        with pytest.raises(Refused, match="put untie before"):
+            rewrite(tmp_path / "source", tmp_path / "tied", {"moves": ["fold-embedding-scale"]})
+
+
+def test_a_constant_that_no_key_leaves_out_stays(tmp_path: Path) -> None:
+    """Gemma's is the root of the width, which no key of its own says."""
+    build("gemma3").save_pretrained(tmp_path / "source")
+    with pytest.raises(Refused, match=r"the constant is 4\.898"):
+        rewrite(tmp_path / "source", tmp_path / "out", {"moves": ["untie", "fold-embedding-scale"]})
+
+
+def test_a_constant_in_plain_code_stays() -> None:
+    with pytest.raises(Refused, match="plain module"):
+        folded(nn.Sequential(nn.Linear(4, 3)).double(), "fold-embedding-scale")
+
+
+def test_a_key_that_changes_more_is_not_taken() -> None:
+    config = language("granite")[0].config.to_dict() | {"architectures": ["GraniteForCausalLM"]}
+    before = traced(config)
+    assert without_scale(before, traced(config | {"embedding_multiplier": 1.0})) == {
+        "model.embed_tokens.weight": 12.0
+    }
+    more: list[dict[str, Any]] = [{"residual_multiplier": 0.5}, {"embedding_multiplier": 3.0}]
+    more += [{"attention_bias": True}, {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}]
+    for other in more:
+        assert not without_scale(before, traced(config | {"embedding_multiplier": 1.0} | other))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ def make_plan(
     untie_config: Callable[[], Mapping[str, Any]] | None = None,
     progress: Callable[[str], None] | None = None,
     retrace: Callable[[Rewrite], Gauge] | None = None,
+    unscale_config: Callable[[Rewrite], tuple[Mapping[str, Any], Mapping[str, float]]] | None = None,
 ) -> tuple[Rewrite, State, Gauge]:
     """Plan every move of a recipe. Nothing is written.
 
@@ -38,6 +40,7 @@ def make_plan(
         progress: called with the name of each move as it starts.
         retrace: the gauge of the model with the structure of the plan so far; asked for after a move that
             changes the structure.
+        unscale_config: plan so far -> see :class:`regauge.moves.Scene`.
 
     Returns:
         the plan, the state the model is in after it, and its gauge: another one than ``gauge`` if the
@@ -54,7 +57,8 @@ def make_plan(
         move = MOVES[spec.name]
         options = {name: option.default for name, option in move.options.items()} | dict(spec.options)
         random = torch.Generator().manual_seed(_mix(seed, place))
-        scene = Scene(gauge, state, view(rewrite), random, untie_config)
+        unscale = None if unscale_config is None else partial(unscale_config, rewrite)
+        scene = Scene(gauge, state, view(rewrite), random, untie_config, unscale)
         change = move.plan(scene, options)
         used = [asdict(item) | {"move": spec.name, "place": place} for item in change.used]
         rewrite = Rewrite(
@@ -72,7 +76,7 @@ def make_plan(
         if inherited:
             rewrite = replace(rewrite, steps={**rewrite.steps, **inherited})
         state = change.state or state
-        if change.patches and retrace is not None:
+        if (change.patches or change.retrace) and retrace is not None:
             try:
                 gauge = retrace(rewrite)
             except TraceError as error:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from regauge.moves.base import Change, Move, Option, Preserves, Scene, State, Used
 from regauge.moves.batchnorm import FOLD_BATCHNORM
 from regauge.moves.branch import FOLD_LAYER_SCALE
+from regauge.moves.embedding import FOLD_EMBEDDING_SCALE
 from regauge.moves.entries import PERMUTE, RESCALE
 from regauge.moves.fold import DROP_KEY_BIAS, FOLD_SCALES, FOLD_SHIFTS, FOLD_VALUE_BIAS
 from regauge.moves.residual import CENTER, UNTIE
@@ -20,6 +21,7 @@ _ALL = (
     FOLD_SHIFTS,
     FOLD_SCALES,
     FOLD_LAYER_SCALE,
+    FOLD_EMBEDDING_SCALE,
     FOLD_VALUE_BIAS,
     DROP_KEY_BIAS,
     CENTER,

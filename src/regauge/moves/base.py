@@ -64,6 +64,7 @@ class Scene:
         read: current value of a parameter by state-dict name, as the moves so far leave it.
         random: CPU generator for this move alone.
         untie_config: changes to the configuration that untie, when asked for; None for plain modules.
+        unscale_config: see :func:`regauge.embedding_scale.unscaled_config`; None for plain modules.
     """
 
     gauge: Gauge
@@ -71,6 +72,7 @@ class Scene:
     read: Callable[[str], torch.Tensor]
     random: torch.Generator
     untie_config: Callable[[], Mapping[str, Any]] | None = None
+    unscale_config: Callable[[], tuple[Mapping[str, Any], Mapping[str, float]]] | None = None
 
     @property
     def atlas(self) -> Atlas:
@@ -109,7 +111,12 @@ class Used:
 
 @dataclass(frozen=True)
 class Change:
-    """What a move does; see :class:`regauge.plan.Rewrite`. ``state``: how far the moves have come then."""
+    """What a move does; see :class:`regauge.plan.Rewrite`.
+
+    Attributes:
+        state: how far the moves have come then.
+        retrace: the configuration changes the graph.
+    """
 
     steps: Mapping[str, tuple[Step, ...]] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
@@ -119,6 +126,7 @@ class Change:
     state: State | None = None
     used: tuple[Used, ...] = ()
     patches: tuple[Mapping[str, Any], ...] = ()
+    retrace: bool = False
 
 
 @dataclass(frozen=True)
