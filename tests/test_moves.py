@@ -17,7 +17,16 @@ from zoo import NAMES, Moved, atlas, carry_out, distance, folded, move, original
 SAME = 1e-10
 
 FOLDS = ("fold-shifts", "fold-scales", "fold-value-bias", "drop-key-bias")
-ONCE = ("untie", "fold-batchnorm", "add-bias", *FOLDS, "center", "strip")
+ONCE = (
+    "untie",
+    "fold-batchnorm",
+    "add-bias",
+    *FOLDS,
+    "fold-layer-scale",
+    "fold-embedding-scale",
+    "center",
+    "strip",
+)
 """Moves to a normal form: doing them again changes nothing."""
 RANDOM = ("rotate", "permute")
 """Moves that draw: another seed gives another result."""

@@ -9,7 +9,7 @@ from functools import partial
 from regauge.atlas import Atlas, Space
 from regauge.interpret import Walk, interpret
 from regauge.solve.centring import entrances
-from regauge.solve.folding import foldable
+from regauge.solve.folding import foldable, multipliers
 from regauge.solve.layout import Layout
 from regauge.solve.solver import Solver
 from regauge.trace import Trace
@@ -98,6 +98,12 @@ class Gauge:
                 walk, _ = self._walk(untied)
                 return tuple(dict.fromkeys(name for name, _ in walk.result.parameters if name in done))
             done |= more
+
+    def multipliers(self, *, untied: bool = False) -> tuple[str, ...]:
+        """Parameters that multiply, entry by entry, something that is no parameter."""
+        walk, _ = self._walk(untied)
+        found = multipliers(walk.result.facts).values()
+        return tuple(dict.fromkeys(str(value.parameter) for value in found))
 
     def zero_mean_norms(
         self, centred: Set[tuple[str, int]], *, untied: bool = False

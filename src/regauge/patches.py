@@ -25,6 +25,7 @@ from regauge.modeling_regauge import (
     TransposedLinear,
     apply_patches,
 )
+from regauge.primitive import gain_of, primitive_norms
 from regauge.trace import Trace, module_class, module_path
 
 Patch = Mapping[str, Any]
@@ -36,8 +37,9 @@ _KINDS = (
 PLAIN = frozenset(
     (*(f"{kind.__module__}.{kind.__qualname__}" for kind in _KINDS), "transformers.pytorch_utils.Conv1D")
 )
-"""Classes whose code is known to do the same whatever comes in. A trace shows one path through a module; any
-other class may take another path on other inputs, which a replacement would not."""
+"""Classes whose code is known to do the same whatever comes in. A trace shows one path through a module; a
+module of another class may take another path on other inputs, which a replacement would not, unless its code
+proves that it has one path only: see :mod:`regauge.straight`."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ class Replaceable:
         patch: the replacement that computes the same.
         nodes: names of the operations that do the work, one for each call.
         weight, bias: its parameters by state-dict name, where it has them.
+        chart: what the module adds to the stored weight before it multiplies with it. Where it is not 0, or
+            the weight has another name than the patch gives it, ``patch`` computes the same only once the
+            weight is left out.
     """
 
     path: str
@@ -56,25 +61,44 @@ class Replaceable:
     nodes: tuple[str, ...]
     weight: str | None
     bias: str | None
+    chart: float = 0.0
 
 
 def replaceable(trace: Trace) -> dict[str, Replaceable]:
     """Path -> every module that can be replaced by one of ours, in order of first use."""
     found: dict[str, Replaceable] = {}
     for path, nodes in plain_modules(trace).items():
-        known = _norm(trace, path, nodes) or _linear(trace, path, nodes) or _convolution(trace, path, nodes)
+        known = (
+            _norm(trace, path, nodes)
+            or _linear(trace, path, nodes)
+            or _convolution(trace, path, nodes)
+            or _primitive(trace, path, nodes)
+        )
         if known is not None:
             found[path] = known
     return found
 
 
 def plain_modules(trace: Trace) -> dict[str, list[fx.Node]]:
-    """Path of every module of a class in ``PLAIN`` -> its operations, in order of first use."""
+    """Path of every module with one path through its code -> its operations, in order of first use."""
     inside: dict[str, list[fx.Node]] = {}
     for node in trace.graph.nodes:
-        if node.op == "call_function" and module_class(node) in PLAIN:
+        if node.op == "call_function" and (
+            module_class(node) in PLAIN or module_path(node) in trace.straight
+        ):
             inside.setdefault(module_path(node), []).append(node)
     return {path: nodes for path, nodes in inside.items() if path}
+
+
+def gain_modules(trace: Trace) -> dict[str, str]:
+    """Path of every module that does nothing but multiply by a parameter of its own -> that parameter."""
+    found: dict[str, str] = {}
+    for path, nodes in plain_modules(trace).items():
+        gains = {gain_of(node, lambda value, path=path: own_parameter(trace, path, value)) for node in nodes}
+        held = {name for names in trace.aliases.values() for name in names if name.startswith(f"{path}.")}
+        if len(gains) == 1 and gains == held:
+            found[path] = held.pop()
+    return found
 
 
 def owners(trace: Trace, nodes: Iterable[str]) -> dict[str, Replaceable]:
@@ -178,6 +202,21 @@ def _norm(trace: Trace, path: str, nodes: list[fx.Node]) -> Replaceable | None:
     has = {"weight": weight is not None, "bias": bias is not None}
     patch = {"path": path, "module": "norm", **options[0], **has}
     return Replaceable(path, patch, tuple(node.name for node in calls), weight, bias)
+
+
+def _primitive(trace: Trace, path: str, nodes: list[fx.Node]) -> Replaceable | None:
+    """An RMSNorm over the last axis written in primitive operations, see :mod:`regauge.primitive`."""
+    norms = primitive_norms(nodes, lambda value: own_parameter(trace, path, value))
+    weights = {norm.weight for norm in norms}
+    held = {name for names in trace.aliases.values() for name in names if name.startswith(f"{path}.")}
+    if len({(norm.size, norm.eps, norm.weight, norm.chart) for norm in norms}) != 1 or not held <= weights:
+        return None
+    norm = norms[0]
+    if norm.weight is not None and trace.shapes[trace.canonical[norm.weight]] != (norm.size,):
+        return None
+    has = {"weight": norm.weight is not None, "bias": False}
+    patch = {"path": path, "module": "norm", "form": "rms", "size": norm.size, "eps": norm.eps, **has}
+    return Replaceable(path, patch, tuple(norm.node for norm in norms), norm.weight, None, norm.chart)
 
 
 def _adds(node: fx.Node, norm: fx.Node) -> bool:

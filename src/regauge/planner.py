@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def make_plan(
     progress: Callable[[str], None] | None = None,
     retrace: Callable[[Rewrite], Gauge] | None = None,
     trial: Callable[[Rewrite], Trial] | None = None,
+    unscale_config: Callable[[Rewrite], tuple[Mapping[str, Any], Mapping[str, float]]] | None = None,
 ) -> tuple[Rewrite, State, Gauge]:
     """Plan every move of a recipe. Nothing is written.
 
@@ -41,6 +43,7 @@ def make_plan(
         retrace: the gauge of the model with the structure of the plan so far; asked for after a move that
             changes the structure.
         trial: how the model of the plan so far can be rebuilt in other sizes.
+        unscale_config: plan so far -> see :class:`regauge.moves.Scene`.
 
     Returns:
         the plan, the state the model is in after it, and its gauge: another one than ``gauge`` if the
@@ -57,9 +60,9 @@ def make_plan(
         move = MOVES[spec.name]
         options = {name: option.default for name, option in move.options.items()} | dict(spec.options)
         random = torch.Generator().manual_seed(_mix(seed, place))
-        scene = Scene(
-            gauge, state, view(rewrite), random, untie_config, None if trial is None else trial(rewrite)
-        )
+        unscale = None if unscale_config is None else partial(unscale_config, rewrite)
+        other = None if trial is None else trial(rewrite)
+        scene = Scene(gauge, state, view(rewrite), random, untie_config, other, unscale)
         change = move.plan(scene, options)
         used = [asdict(item) | {"move": spec.name, "place": place} for item in change.used]
         rewrite = Rewrite(
@@ -77,7 +80,7 @@ def make_plan(
         if inherited:
             rewrite = replace(rewrite, steps={**rewrite.steps, **inherited})
         state = change.state or state
-        if (change.patches or change.made) and retrace is not None:
+        if (change.patches or change.made or change.retrace) and retrace is not None:
             try:
                 gauge = retrace(rewrite)
             except TraceError as error:

@@ -20,6 +20,7 @@ from regauge.certify import Certificate, certify
 from regauge.certify.certificate import software
 from regauge.checkpoint import Checkpoint
 from regauge.discover import Gauge
+from regauge.embedding_scale import unscaled_config
 from regauge.errors import CheckpointError, NotEquivalent, RegaugeError
 from regauge.growing.fit import Trial, trial_of
 from regauge.hf import (
@@ -133,6 +134,7 @@ def rewrite(
             lambda name: tell(f"planning {name}", next(count), len(recipe.moves)),
             retrace,
             trial,
+            lambda plan: unscaled_config({**source_config, **_config(source_config, plan)}),
         )
         # A copy that the checkpoint does not store yet is a new tensor of its own name.
         names = {n: t for n, t in names.items() if n not in plan.copies or t != names[plan.copies[n]]}

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from regauge.errors import TraceError
+from regauge.straight import straight_modules
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Trace:
         shapes: canonical name -> shape.
         dtypes: canonical name -> dtype in which the module holds it.
         example: the example keyword inputs used, as given.
+        straight: paths of modules whose code has one path only, see :mod:`regauge.straight`.
     """
 
     graph: fx.Graph
@@ -51,6 +53,7 @@ class Trace:
     dtypes: Mapping[str, torch.dtype]
     output_names: tuple[str, ...] = ()
     example: Mapping[str, Any] = field(default_factory=dict)
+    straight: frozenset[str] = frozenset()
 
     @property
     def canonical(self) -> dict[str, str]:
@@ -332,4 +335,5 @@ def _read(
         dtypes={name: tensors[name].dtype for name in aliases},
         output_names=names,
         example=kwargs,
+        straight=straight_modules(model),
     )

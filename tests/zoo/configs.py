@@ -73,6 +73,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen3": lambda: _rms("Qwen3Config", "Qwen3ForCausalLM", head_dim=8),
     "phi3": lambda: _rms("Phi3Config", "Phi3ForCausalLM"),
     "gemma3": lambda: _rms("Gemma3TextConfig", "Gemma3ForCausalLM", head_dim=8, num_hidden_layers=2),
+    "granite": lambda: _rms("GraniteConfig", "GraniteForCausalLM", embedding_multiplier=12.0),
     "mixtral": lambda: _rms("MixtralConfig", "MixtralForCausalLM", num_local_experts=4),
     "gpt2": lambda: _config("GPT2Config", "GPT2LMHeadModel", **_GPT, n_inner=20),
     "gptj": lambda: _config("GPTJConfig", "GPTJForCausalLM", **_GPT, n_inner=20, rotary_dim=4),

@@ -14,6 +14,7 @@ from torch import Tensor
 from regauge.atlas import Atlas
 from regauge.certify.run import run
 from regauge.discover import Gauge, discover
+from regauge.embedding_scale import unscaled_config
 from regauge.hf import load_meta
 from regauge.moves import State
 from regauge.patches import restructured
@@ -76,15 +77,20 @@ def specimen(name: str) -> Specimen:
     return Specimen(name, traced, held.buffers(), inputs, Gauge(traced))
 
 
-def rebuilt(name: str, copies: Iterable[str], patches: Sequence[Mapping[str, Any]]) -> Specimen:
-    """A member of the zoo with another structure."""
+def rebuilt(
+    name: str,
+    copies: Iterable[str],
+    patches: Sequence[Mapping[str, Any]],
+    config: Mapping[str, Any] | None = None,
+) -> Specimen:
+    """A member of the zoo with another structure, and with changes to its configuration if it has one."""
     held = specimen(name)
     if name in HOSTILE:
         torch.manual_seed(0)
         module, args = HOSTILE[name]()
         traced = trace(restructured(module, copies, patches), args)
     else:
-        found = load_meta(CONFIGS[name]())
+        found = load_meta({**CONFIGS[name]().to_dict(), **(config or {})})
         traced = trace(restructured(found.model, copies, patches), (), found.inputs)
     inputs = dict(zip(traced.inputs, held.inputs.values(), strict=True))
     return Specimen(name, traced, held.buffers, inputs, Gauge(traced))
@@ -163,11 +169,17 @@ def move(name: str, *moves: Any, seed: int = 0, start: Mapping[str, Tensor] | No
         return lambda wanted: carry_out(begin, so_far, [wanted])[wanted]
 
     def retrace(so_far: Rewrite) -> Gauge:
-        return rebuilt(name, tuple(so_far.copies), so_far.patches).gauge
+        return rebuilt(name, tuple(so_far.copies), so_far.patches, so_far.config).gauge
 
-    plan, state, _ = make_plan(held.gauge, parse_recipe({"moves": list(moves)}), seed, view, retrace=retrace)
-    if plan.patches:
-        changed = rebuilt(name, tuple(plan.copies), plan.patches)
+    def unscaled(so_far: Rewrite) -> tuple[Mapping[str, Any], Mapping[str, float]]:
+        return unscaled_config({**CONFIGS[name]().to_dict(), **so_far.config})
+
+    unscale = unscaled if name in CONFIGS else None
+    plan, state, _ = make_plan(
+        held.gauge, parse_recipe({"moves": list(moves)}), seed, view, None, None, retrace, unscale
+    )
+    if plan.patches or plan.config:
+        changed = rebuilt(name, tuple(plan.copies), plan.patches, plan.config)
         bench = Bench(changed, state.untied)
         return Moved(plan, state, carry_out(begin, plan, bench.trace.shapes), bench)
     names = alias if state.untied else held.trace.shapes

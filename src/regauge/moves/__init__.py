@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from regauge.moves.base import Change, Move, Option, Preserves, Scene, State, Used
 from regauge.moves.batchnorm import FOLD_BATCHNORM
+from regauge.moves.branch import FOLD_LAYER_SCALE
+from regauge.moves.embedding import FOLD_EMBEDDING_SCALE
 from regauge.moves.entries import PERMUTE, RESCALE
 from regauge.moves.fold import DROP_KEY_BIAS, FOLD_SCALES, FOLD_SHIFTS, FOLD_VALUE_BIAS
 from regauge.moves.grow import GROW
@@ -19,6 +21,8 @@ _ALL = (
     ADD_BIAS,
     FOLD_SHIFTS,
     FOLD_SCALES,
+    FOLD_LAYER_SCALE,
+    FOLD_EMBEDDING_SCALE,
     FOLD_VALUE_BIAS,
     DROP_KEY_BIAS,
     CENTER,

@@ -66,6 +66,7 @@ class Scene:
         random: CPU generator for this move alone.
         untie_config: changes to the configuration that untie, when asked for; None for plain modules.
         trial: how the model can be rebuilt in other sizes; None where it cannot.
+        unscale_config: see :func:`regauge.embedding_scale.unscaled_config`; None for plain modules.
     """
 
     gauge: Gauge
@@ -74,6 +75,7 @@ class Scene:
     random: torch.Generator
     untie_config: Callable[[], Mapping[str, Any]] | None = None
     trial: Trial | None = None
+    unscale_config: Callable[[], tuple[Mapping[str, Any], Mapping[str, float]]] | None = None
 
     @property
     def atlas(self) -> Atlas:
@@ -112,7 +114,12 @@ class Used:
 
 @dataclass(frozen=True)
 class Change:
-    """What a move does; see :class:`regauge.plan.Rewrite`. ``state``: how far the moves have come then."""
+    """What a move does; see :class:`regauge.plan.Rewrite`.
+
+    Attributes:
+        state: how far the moves have come then.
+        retrace: the configuration changes the graph.
+    """
 
     steps: Mapping[str, tuple[Step, ...]] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
@@ -122,6 +129,7 @@ class Change:
     state: State | None = None
     used: tuple[Used, ...] = ()
     patches: tuple[Mapping[str, Any], ...] = ()
+    retrace: bool = False
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def plan_fold_scales(scene: Scene, options: Mapping[str, Any]) -> Change:
     builder = Builder(scene)
     for gain in gains:
         for generator in _generators_of(scene, gain):
-            _fold(builder, generator, gain)
+            fold_gain(builder, generator, gain)
     state = State(scene.state.untied, scene.state.folded | set(gains))
     return builder.change(state=state)
 
@@ -45,23 +45,25 @@ def _generators_of(scene: Scene, gain: str) -> list[Generator]:
         g
         for g in scene.atlas.generators
         if g.kind in (Kind.SCALE, Kind.POSITIVE)
-        and any(a.parameter == gain and abs(a.exponent) == 1 and _spans(a, g) for a in g.actions)
+        and any(a.parameter == gain and abs(a.exponent) == 1 and spans(a, g) for a in g.actions)
     ]
     if not found:
         raise Refused("the gain has no scale of its own", parameter=gain)
     return found
 
 
-def _spans(action: Action, generator: Generator) -> bool:
+def spans(action: Action, generator: Generator) -> bool:
     """The element has one entry for every entry of the gain's block."""
+    if not action.parts:  # A scalar.
+        return generator.size == 1 and not generator.copies
     names = {factor.name for part in action.parts for factor in part.factors}
     return names == {generator.acting, *(name for name, _ in generator.copies)}
 
 
-def _fold(builder: Builder, generator: Generator, gain: str) -> None:
+def fold_gain(builder: Builder, generator: Generator, gain: str) -> None:
     scene = builder.scene
     copies = tuple(name for name, _ in generator.copies)
-    own = next(a for a in generator.actions if a.parameter == gain and _spans(a, generator))
+    own = next(a for a in generator.actions if a.parameter == gain and spans(a, generator))
     value = read_block(scene.read(gain), own, copies).squeeze(-1)
     sign = Fraction(1) if own.exponent > 0 else Fraction(-1)
     zero = value == 0

@@ -7,22 +7,23 @@ from typing import Any
 
 from regauge.errors import Refused
 from regauge.moves.base import Change, Move, Option, Preserves, Scene
-from regauge.patches import Patch, Replaceable, replaceable
+from regauge.patches import Patch, Replaceable, gain_modules, replaceable
 from regauge.plan import Made
 
 
 def plan_strip(scene: Scene, options: Mapping[str, Any]) -> Change:
     """y = 1 · x + 0 = x: gains that are one and shifts and biases that are zero are no longer stored.
 
-    A norm's gain g[c] = 1 and shift b[c] = 0, and a linear map's bias b[o] = 0, for all entries; what they
-    are is read from the weights as the moves so far leave them. Exact in every dtype.
+    A norm's gain g[c] = 1 (stored as 0 where the module multiplies with 1 + w) and shift b[c] = 0, a linear
+    map's bias b[o] = 0, and a module that only multiplies by g = 1, for all entries; what they are is
+    read from the weights as the moves so far leave them. Exact in every dtype.
     """
     patches: list[Patch] = []
     drops: set[str] = set()
     kept = 0
     for module in replaceable(scene.trace).values():
         without = dict(module.patch)
-        for key, name, value in (("weight", module.weight, 1.0), ("bias", module.bias, 0.0)):
+        for key, name, value in (("weight", module.weight, 1.0 - module.chart), ("bias", module.bias, 0.0)):
             if name is None or (key == "weight" and module.patch["module"] != "norm"):
                 continue
             if bool((scene.read(name) == value).all()):
@@ -32,9 +33,15 @@ def plan_strip(scene: Scene, options: Mapping[str, Any]) -> Change:
                 kept += 1
         if without != module.patch:
             patches.append(without)
+    for path, name in gain_modules(scene.trace).items():
+        if bool((scene.read(name) == 1).all()):
+            patches.append({"path": path, "module": "identity"})
+            drops.add(name)
+        else:
+            kept += 1
     if not patches:
         raise Refused(
-            "every parameter of the norms and every bias does something",
+            "every parameter of the norms, every gain and every bias does something",
             expected="a gain of ones, or a shift or bias of zeros",
             found=f"{kept} others" if kept else "none, or none in a module of its own",
             way_out="put fold-shifts, fold-scales, fold-value-bias or drop-key-bias before it",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from regauge.facts import Law, Pointwise, Remap, Value
+from regauge.facts import Fact, Law, Pointwise, Remap, Value
 from regauge.solve.layout import Block, Occurrence
 from regauge.solve.scales import in_null
 
@@ -16,16 +16,7 @@ if TYPE_CHECKING:
 
 def foldable(solver: Solver) -> set[str]:
     """Gains that a diagonal generator moves freely, every entry, on their own."""
-    facts = solver.walk.result.facts
-    remaps = {fact.out.id: fact for fact in facts if isinstance(fact, Remap)}
-    gains: dict[int, Value] = {}
-    for fact in facts:
-        if isinstance(fact, Pointwise) and fact.law is Law.PRODUCT:
-            operands = [v for v in fact.ins if v.id not in solver.folded]
-            for value in operands:
-                root = _parameter_of(remaps, value)
-                if root is not None and any(_parameter_of(remaps, v) is None for v in operands):
-                    gains[root.id] = root
+    gains = multipliers(solver.walk.result.facts, solver.folded)
     index = {(u.value.id, u.block.offsets, u.subset): i for i, u in enumerate(solver.positive.unknowns)}
     sign_index = {(u.value.id, u.block.offsets, u.subset): i for i, u in enumerate(solver.signs.unknowns)}
     pivots = solver.positive.system.pivots
@@ -36,6 +27,21 @@ def foldable(solver: Solver) -> set[str]:
         if all(_folds(solver, value, block, index, sign_index, by_free, gains) for block in blocks):
             out.add(str(value.parameter))
     return out
+
+
+def multipliers(facts: Iterable[Fact], folded: Set[int] = frozenset()) -> dict[int, Value]:
+    """Id -> parameters that multiply, entry by entry, something that is no parameter; ``folded`` are one."""
+    facts = list(facts)
+    remaps = {fact.out.id: fact for fact in facts if isinstance(fact, Remap)}
+    gains: dict[int, Value] = {}
+    for fact in facts:
+        if isinstance(fact, Pointwise) and fact.law is Law.PRODUCT:
+            operands = [v for v in fact.ins if v.id not in folded]
+            for value in operands:
+                root = _parameter_of(remaps, value)
+                if root is not None and any(_parameter_of(remaps, v) is None for v in operands):
+                    gains[root.id] = root
+    return gains
 
 
 def _parameter_of(remaps: Mapping[int, Remap], value: Value) -> Value | None:
