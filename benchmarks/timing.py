@@ -98,6 +98,7 @@ class Bench:
                 "us": round(statistics.median(times[name] for times in rounds) / repeat / passes * 1e6, 3),
                 "ratio": round(middle, 4),
                 "quartiles": [round(low, 4), round(high, 4)],
+                "rounds": len(rounds),
             }
         return found
 
@@ -203,5 +204,5 @@ def keep(name: str, bench: Bench, key: str, cases: list[dict[str, Any]]) -> None
         here |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     print("\n" + rendered(cases) + "\n", flush=True)
     if not bench.quick:
-        content = {key: {"machine": here, "rounds": bench.rounds, "cases": cases}}
+        content = {key: {"machine": here, "cases": cases}}
         save(f"{name}-{bench.here['device']}", content)
