@@ -24,7 +24,7 @@ def trained(model: nn.Module, seed: int = 0) -> nn.Module:
     """Statistics, gains and shifts far from those of a fresh model, float64, in eval mode."""
     draw = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
             assert module.running_mean is not None
             assert module.running_var is not None
             module.running_mean.copy_(torch.randn(module.num_features, generator=draw))

@@ -10,7 +10,7 @@ from regauge.atlas import Kind
 from regauge.elements import identity, random_element
 from regauge.errors import RegaugeError
 from regauge.plan import Step
-from regauge.steps import ActStep, AddStep, CenterStep, FillStep
+from regauge.steps import ActStep, AddStep, CenterStep, FillStep, ScaleStep
 
 
 def steps_of(name: str) -> list[tuple[Step, tuple[int, ...]]]:
@@ -22,6 +22,7 @@ def steps_of(name: str) -> list[tuple[Step, tuple[int, ...]]]:
         result.append((CenterStep(a, shape), shape))
         result.append((FillStep(a, 1.0, shape), shape))
         result.append((AddStep(torch.ones((*shape[:-1], 1), dtype=torch.float64)), shape))
+        result.append((ScaleStep(torch.full((*shape[:-1], 1), 2.0, dtype=torch.float64)), shape))
     return result
 
 

@@ -105,7 +105,11 @@ def linear(
 
 
 class Convolution(nn.Module):
-    """y = x ∗ W + b over one, two or three axes of positions, zeros around x; W: [out, in / groups, …]."""
+    """y = x ∗ W + b over one, two or three axes of positions; W: [out, in / groups, …].
+
+    Around x stand zeros, or, if ``pad``, the number p[c] of each channel: what y[c] = a[c] x[c] + h[c] folded
+    into W leaves outside, where p = −h / a stands for y = 0.
+    """
 
     def __init__(
         self,
@@ -117,6 +121,7 @@ class Convolution(nn.Module):
         dilation: list[int],
         groups: int,
         bias: bool,
+        pad: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -125,14 +130,23 @@ class Convolution(nn.Module):
         shape = (outputs, inputs // groups, *kernel)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(outputs, device=device, dtype=dtype)) if bias else None
+        self.pad = nn.Parameter(torch.zeros(inputs, device=device, dtype=dtype)) if pad else None
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[self.weight.dim() - 3]
-        return convolve(input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        positions = self.weight.dim() - 2
+        convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[positions - 1]
+        x, padding = input, self.padding
+        if self.pad is not None:
+            sides = [size for size in reversed(self.padding) for _ in range(2)]
+            outside = functional.pad(x.new_zeros(x.shape[-positions:]), sides, value=1.0)
+            x = functional.pad(x, sides) + outside * self.pad.reshape(-1, *(1,) * positions)
+            padding = [0] * positions
+        return convolve(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, stride={self.stride}, padding={self.padding}"
+        pad = "" if self.pad is None else ", pad"
+        return f"{tuple(self.weight.shape)}, stride={self.stride}, padding={self.padding}{pad}"
 
 
 class Affine(nn.Module):

@@ -297,6 +297,7 @@ def _convolution(trace: Trace, path: str, nodes: list[fx.Node]) -> Replaceable |
         "dilation": list(dilation),
         "groups": groups,
         "bias": bias is not None,
+        "pad": False,
     }
     return Replaceable(path, patch, tuple(node.name for node in nodes), weight, bias)
 

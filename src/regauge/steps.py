@@ -123,15 +123,35 @@ class AddStep:
         return True
 
     def apply(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.dim() != self.delta.dim() or any(
-            size not in (1, full) for size, full in zip(self.delta.shape, tensor.shape, strict=True)
-        ):
-            raise RegaugeError(
-                "the summand does not fit",
-                expected=str(tuple(self.delta.shape)),
-                found=str(tuple(tensor.shape)),
-            )
+        _check_fit(tensor, self.delta, "summand")
         return (tensor.detach().to(torch.float64) + self.delta).to(tensor.dtype).contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleStep:
+    """Multiply by ``factor``: float64, one dimension per axis, of size 1 along axes where it is the same."""
+
+    factor: torch.Tensor
+
+    @property
+    def axes(self) -> frozenset[int]:
+        return frozenset(axis for axis, size in enumerate(self.factor.shape) if size != 1)
+
+    @property
+    def arithmetic(self) -> bool:
+        return True
+
+    def apply(self, tensor: torch.Tensor) -> torch.Tensor:
+        _check_fit(tensor, self.factor, "factor")
+        return (tensor.detach().to(torch.float64) * self.factor).to(tensor.dtype).contiguous()
+
+
+def _check_fit(tensor: torch.Tensor, other: torch.Tensor, what: str) -> None:
+    sizes = zip(other.shape, tensor.shape, strict=False)
+    if tensor.dim() != other.dim() or any(size not in (1, full) for size, full in sizes):
+        raise RegaugeError(
+            f"the {what} does not fit", expected=str(tuple(other.shape)), found=str(tuple(tensor.shape))
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from torch import fx
 from regauge.errors import Refused
 from regauge.interpret import op_name
 from regauge.moves.base import Change, Move, Option, Preserves, Scene
+from regauge.moves.forward import absorb, find_reader, pads
 from regauge.patches import Patch, Replaceable, own_parameter, plain_modules, replaceable
 from regauge.plan import Made, Step
 from regauge.steps import AffineStep
@@ -25,9 +26,11 @@ _FORMS = (["aten.batch_norm"], ["aten._native_batch_norm_legit_no_training", "ge
 
 @dataclass(frozen=True)
 class _Found:
-    """A batch norm in a module of its own, with its parameters by role; ``node`` is the operation."""
+    """A batch norm in a module of its own, with its parameters by role; ``node`` and ``result`` are the
+    operation and its value."""
 
     node: fx.Node
+    result: fx.Node
     path: str
     weight: str | None
     bias: str | None
@@ -37,12 +40,14 @@ class _Found:
 
 
 def plan_fold_batchnorm(scene: Scene, options: Mapping[str, Any]) -> Change:
-    """y[c] = a[c] x[c] + h[c], a = g / sqrt(v + eps), h = b - m a, goes into the map before it.
+    """y[c] = a[c] x[c] + h[c], a = g / sqrt(v + eps), h = b - m a, goes into the maps around it.
 
     - x = W z + b₀, read by nothing else:  W[c, …] ← a[c] W[c, …], b₀[c] ← a[c] b₀[c] + h[c], and y = x.
     - x = relu(W z + b₀), all a[c] > 0:  W[c, …] ← a[c] W[c, …], b₀[c] ← a[c] b₀[c], y[c] = x[c] + h[c].
       The shift stays where it is: zeros put around y afterwards stay zeros, nothing changes at the border.
-    - otherwise y[c] = a[c] x[c] + h[c], without statistics.
+    - what is left, y[c] = a′[c] x[c] + h′[c], goes into the only map that reads y, see
+      :mod:`regauge.moves.forward`: where that pads nothing, or with ``forward=padded`` by padding values.
+    - otherwise y[c] = a′[c] x[c] + h′[c] stays, without statistics.
 
     Source: Jacob et al., arXiv 1712.05877, section 3.2, for the first.
     """
@@ -51,26 +56,38 @@ def plan_fold_batchnorm(scene: Scene, options: Mapping[str, Any]) -> Change:
     steps: dict[str, list[Step]] = {}
     made: dict[str, Made] = {}
     drops: set[str] = set()
-    patches: list[Patch] = []
+    patches: dict[str, Patch] = {}
+    left: list[tuple[_Found, torch.Tensor, torch.Tensor]] = []
     for found in _batch_norms(scene):
         scale, shift = _affine(scene, found)
         writer, through = _writer(found, by_node)
-        held = {"path": found.path, "module": "affine", "size": len(scale)}
         own = {name for name in (found.weight, found.bias, found.mean, found.variance) if name is not None}
         drops |= own | {name for name in scene.trace.buffers.values() if name.startswith(f"{found.path}.")}
         if writer is not None and (not through or bool((scale > 0).all())):
-            rest = None if through else shift
-            patches += _into(writer, scale, rest, steps, made)
-            keeps = {"bias": shift} if through else {}
-        else:
-            keeps = {"weight": scale, "bias": shift}
-        patches.append(
-            {**held, "weight": "weight" in keeps, "bias": "bias" in keeps}
-            if keeps
+            _into(writer, scale, None if through else shift, steps, made, patches)
+            scale, shift = torch.ones_like(scale), shift if through else torch.zeros_like(shift)
+        left.append((found, scale, shift))
+
+    def read(name: str) -> torch.Tensor:
+        value = made[name].value(scene.read) if name in made else scene.read(name).to(torch.float64)
+        for step in steps.get(name, ()):
+            value = step.apply(value)
+        return value
+
+    for found, scale, shift in left:
+        has = {"weight": bool((scale != 1).any()), "bias": bool((shift != 0).any())}
+        reader = find_reader(found.result, scale, by_node) if any(has.values()) else None
+        if reader is not None and _may_absorb(reader, scale, str(options["forward"])):
+            absorb(reader, scale, shift, read, steps, made, patches)
+            has = dict.fromkeys(has, False)
+        patches[found.path] = (
+            {"path": found.path, "module": "affine", "size": len(scale), **has}
+            if any(has.values())
             else {"path": found.path, "module": "identity"}
         )
-        for leaf, value in keeps.items():
-            made[f"{found.path}.{leaf}"] = Made((len(scale),), found.mean, lambda _, value=value: value)
+        for leaf, value in (("weight", scale), ("bias", shift)):
+            if has[leaf]:
+                made[f"{found.path}.{leaf}"] = Made((len(scale),), found.mean, lambda _, value=value: value)
     if not patches:
         raise Refused(
             "there is no batch norm to fold",
@@ -82,7 +99,7 @@ def plan_fold_batchnorm(scene: Scene, options: Mapping[str, Any]) -> Change:
         {name: tuple(held) for name, held in steps.items()},
         made=made,
         drops=frozenset(drops),
-        patches=tuple(patches),
+        patches=tuple(patches.values()),
     )
 
 
@@ -98,7 +115,7 @@ def _batch_norms(scene: Scene) -> list[_Found]:
         alone = all(name is not None or arg is None for name, arg in zip(names, given, strict=True))
         if training or not alone or mean is None or variance is None:
             continue
-        found.append(_Found(nodes[0], path, weight, bias, mean, variance, float(eps)))  # type: ignore[arg-type]
+        found.append(_Found(nodes[0], nodes[-1], path, weight, bias, mean, variance, float(eps)))  # type: ignore[arg-type]
     return found
 
 
@@ -131,33 +148,44 @@ def _writer(found: _Found, by_node: Mapping[str, Replaceable]) -> tuple[Replacea
     return None, through
 
 
+def _may_absorb(reader: Replaceable, scale: torch.Tensor, forward: str) -> bool:
+    """Whether the option allows it; a padding value needs a scale to divide by."""
+    if not pads(reader):
+        return forward != "none"
+    return forward == "padded" and bool((scale != 0).all())
+
+
 def _into(
     writer: Replaceable,
     scale: torch.Tensor,
     shift: torch.Tensor | None,
     steps: dict[str, list[Step]],
     made: dict[str, Made],
-) -> list[Patch]:
+    patches: dict[str, Patch],
+) -> None:
     """Scale (and shift) the output of a map; a patch if it needs a bias for that."""
     assert writer.weight is not None
     axis = 1 if writer.patch.get("transposed") else 0
     steps.setdefault(writer.weight, []).append(AffineStep(axis, scale))
     if writer.bias is not None:
         steps.setdefault(writer.bias, []).append(AffineStep(0, scale, shift))
-        return []
-    if shift is None:
-        return []
-    made[f"{writer.path}.bias"] = Made((len(scale),), writer.weight, lambda _: shift)
-    return [{**writer.patch, "bias": True}]
+    elif shift is not None:
+        made[f"{writer.path}.bias"] = Made((len(scale),), writer.weight, lambda _: shift)
+        patches[writer.path] = {**writer.patch, "bias": True}
 
-
-_NONE: Mapping[str, Option] = {}
 
 FOLD_BATCHNORM = Move(
     "fold-batchnorm",
-    "y = a·(W z + b) + h → W ← a·W, b ← a·b + h; through a ReLU the scale alone",
+    "y = a·(W z + b) + h → W ← a·W, b ← a·b + h; after a ReLU the scale alone; the rest into what reads y",
     "batch norms with running statistics; changes the structure",
     Preserves.OUTPUT,
     plan_fold_batchnorm,
-    _NONE,
+    {
+        "forward": Option(
+            str,
+            "unpadded",
+            "what is left goes into a reader that pads nothing, or also by padding values, or stays",
+            ("unpadded", "padded", "none"),
+        )
+    },
 )
