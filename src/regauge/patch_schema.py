@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from regauge.errors import BadInput
-from regauge.modeling_regauge import KEY, MODEL_TYPE
+from regauge.modeling_regauge import HOOKS, KEY, MODEL_TYPE
 
 FORMAT = 1
 LARGEST = 1 << 31
@@ -18,9 +18,11 @@ FIELDS: Mapping[str, Mapping[str, type]] = {
     "convolution": {**_CONVOLUTION, "dilation": list, "groups": int, "bias": bool},
     "affine": {"size": int, "weight": bool, "bias": bool},
     "identity": {},
-    "center-input": {},
+    "embedding": {"rows": int, "size": int, "padding": object},
+    "parameter": {"shape": tuple},
+    **{hook: {} for hook in HOOKS},
 }
-"""Module -> its arguments; all of them are needed."""
+"""Module -> its arguments; all of them are needed. ``object``: an int or null. ``tuple``: a shape."""
 
 
 def check_patches(content: Mapping[str, Any]) -> None:
@@ -43,7 +45,7 @@ def check_patches(content: Mapping[str, Any]) -> None:
     seen: set[tuple[str, bool]] = set()
     for patch in patches:
         _check(patch)
-        key = (patch["path"], patch["module"] == "center-input")
+        key = (patch["path"], patch["module"] in HOOKS)
         if key in seen:
             raise _bad("one replacement for each module", patch["path"])
         seen.add(key)
@@ -64,6 +66,10 @@ def _check(patch: Any) -> None:
 
 
 def _fits(value: Any, kind: type) -> bool:
+    if kind is object:
+        return value is None or _fits(value, int)
+    if kind is tuple:
+        return isinstance(value, list) and len(value) <= 8 and all(_fits(item, int) for item in value)
     if kind is list:
         return isinstance(value, list) and 1 <= len(value) <= 3 and all(_fits(item, int) for item in value)
     if kind is int:

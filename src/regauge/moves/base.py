@@ -17,7 +17,7 @@ from regauge.atlas import Atlas, Generator, Kind, Space
 from regauge.discover import Gauge
 from regauge.elements import Element, residual
 from regauge.errors import Refused
-from regauge.plan import Made, Step
+from regauge.plan import Made, Refit, Step
 from regauge.steps import ActStep
 from regauge.trace import Trace, untie
 
@@ -109,11 +109,15 @@ class Used:
 
 @dataclass(frozen=True)
 class Change:
-    """What a move does; see :class:`regauge.plan.Rewrite`. ``state``: how far the moves have come then."""
+    """What a move does; see :class:`regauge.plan.Rewrite`. ``state``: how far the moves have come then.
+
+    ``refits``: parameters that change their shape, after their ``steps``.
+    """
 
     steps: Mapping[str, tuple[Step, ...]] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
     made: Mapping[str, Made] = field(default_factory=dict)
+    refits: Mapping[str, Refit] = field(default_factory=dict)
     drops: frozenset[str] = frozenset()
     config: Mapping[str, Any] = field(default_factory=dict)
     state: State | None = None
