@@ -161,6 +161,8 @@ class Identity(nn.Module):
 
 def embedding(rows: int, size: int, padding: int | None, device: Any = None, dtype: Any = None) -> nn.Module:
     """y[…, c] = W[x[…], c]; W: [rows, size]; row ``padding`` gets no gradient."""
+    if padding is not None and padding >= rows:
+        raise ValueError(f"row {padding} of {rows} for padding")
     return nn.Embedding(rows, size, padding, device=device, dtype=dtype)
 
 
