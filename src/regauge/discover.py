@@ -11,6 +11,7 @@ from regauge.interpret import Walk, interpret
 from regauge.solve.centring import entrances
 from regauge.solve.folding import foldable, multipliers
 from regauge.solve.layout import Layout
+from regauge.solve.narrow import Stream, streams
 from regauge.solve.solver import Solver
 from regauge.trace import Trace
 
@@ -118,7 +119,27 @@ class Gauge:
             see :func:`regauge.solve.centring.entrances`.
         """
         walk, layout = self._walk(untied)
-        return entrances(walk, layout, frozenset(), centred, self.trace.graph)
+        paths, norms = entrances(walk, layout, frozenset(), centred, self.trace.graph)
+        return tuple(paths), norms
+
+    def streams(
+        self, norms: Mapping[str, str], centred: Set[tuple[str, int]], *, untied: bool = False
+    ) -> tuple[tuple[Stream, ...], Mapping[int, str]]:
+        """The streams that LayerNorms of mean zero read, and modules at whose entrance one begins.
+
+        Args:
+            norms: operation -> path of the module that is a LayerNorm and nothing else.
+            centred, untied: as above.
+
+        Returns:
+            see :func:`regauge.solve.narrow.streams`; and id of a value -> the module it enters.
+        """
+        walk, layout = self._walk(untied)
+        paths, found = entrances(walk, layout, frozenset(), centred, self.trace.graph)
+        elsewhere = {norms[name] for name in norms if name not in found}
+        used = {name: norms[name] for name in found if name in norms and norms[name] not in elsewhere}
+        taken = dict(paths.values())
+        return streams(walk, used, centred, taken), {value: path for path, (value, _) in paths.items()}
 
     def walk(self, *, untied: bool = False) -> tuple[Walk, Layout]:
         """The walk over the graph, and the blocks of its values."""

@@ -173,23 +173,76 @@ class Identity(nn.Module):
         return input
 
 
+def embedding(rows: int, size: int, padding: int | None, device: Any = None, dtype: Any = None) -> nn.Module:
+    """y[…, c] = W[x[…], c]; W: [rows, size]; row ``padding`` gets no gradient."""
+    if padding is not None and padding >= rows:
+        raise ValueError(f"row {padding} of {rows} for padding")
+    return nn.Embedding(rows, size, padding, device=device, dtype=dtype)
+
+
 MODULES: dict[str, Any] = {
     "norm": Norm,
     "linear": linear,
     "convolution": Convolution,
     "affine": Affine,
     "identity": Identity,
+    "embedding": embedding,
 }
 
 
 def center_input(module: nn.Module, args: Any) -> Any:
     """x[…, c] ← x[…, c] − mean_c x[…, c] for the first positional argument."""
+    x = _stream(args)
+    return (x - x.mean(-1, keepdim=True), *args[1:])
+
+
+def crms_input(module: nn.Module, args: Any) -> Any:
+    """x[…, c] ← x[…, c] − mean_c x[…, c], all entries but the last, for the first positional argument."""
+    x = _stream(args)
+    return (x[..., :-1] - x.mean(-1, keepdim=True), *args[1:])
+
+
+def chart_input(module: nn.Module, args: Any) -> Any:
+    """x ← Qᵀ x without the last entry (see :func:`chart`), for the first positional argument."""
+    return (chart(_stream(args)), *args[1:])
+
+
+def chart(x: torch.Tensor) -> torch.Tensor:
+    """y[…, j] = (Qᵀ x)[j] = x[…, j] + (x[…, d] − Σ_i x[…, i] / √d) / (√d − 1) for j < d.
+
+    Q = 1 − 2 v vᵀ / vᵀv with v = e_d − u is symmetric and orthogonal; its last column is u = (1, …) / √d.
+    """
+    root = x.shape[-1] ** 0.5
+    return x[..., :-1] + (x[..., -1:] - x.sum(-1, keepdim=True) / root) / (root - 1.0)
+
+
+def _stream(args: Any) -> torch.Tensor:
     if not args or not isinstance(args[0], torch.Tensor) or not args[0].is_floating_point():
         raise TypeError("the module is not called with a floating-point tensor as its first argument")
-    return (args[0] - args[0].mean(-1, keepdim=True), *args[1:])
+    return args[0]
 
 
-HOOKS: dict[str, Any] = {"center-input": center_input}
+HOOKS: dict[str, Any] = {
+    "center-input": center_input,
+    "crms-input": crms_input,
+    "chart-input": chart_input,
+}
+
+
+def replace_parameter(model: nn.Module, path: str, shape: Any) -> None:
+    """Another shape for one parameter of a module that is otherwise left as it is."""
+    parent, _, leaf = path.rpartition(".")
+    owner = dict(model.named_modules()).get(parent)
+    old = None if owner is None else dict(owner.named_parameters(recurse=False)).get(leaf)
+    if owner is None or old is None:
+        raise PatchError(f"{path}: no such parameter")
+    try:
+        new = torch.zeros(tuple(shape), device=old.device, dtype=old.dtype)
+    except (TypeError, RuntimeError) as error:
+        raise PatchError(f"{path}: {error}") from error
+    setattr(owner, leaf, nn.Parameter(new, requires_grad=old.requires_grad))
+    if isinstance(owner, nn.Embedding):
+        owner.num_embeddings, owner.embedding_dim = new.shape
 
 
 def set_attributes(module: nn.Module, values: Any) -> None:
@@ -224,12 +277,16 @@ def apply_patches(model: nn.Module, patches: Any) -> nn.Module:
     Args:
         model: any module.
         patches: mappings with ``path``, ``module`` (a key of ``MODULES`` with its arguments, of ``HOOKS``:
-            what is done to the input of the module at ``path``, or of ``SETTERS``).
+            what is done to the input of the module at ``path``, or of ``SETTERS``; or "parameter":
+            ``path`` is one, ``shape`` its new shape).
     """
     modules = dict(model.named_modules())
     for patch in patches:
         options = dict(patch)
         path, kind = options.pop("path"), options.pop("module")
+        if kind == "parameter":
+            replace_parameter(model, path, options["shape"])
+            continue
         if not path or path not in modules or (kind not in MODULES and kind not in KEEPS):
             raise PatchError(f"{path}: unknown replacement {kind}, or no such module")
         old = modules[path]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from regauge.errors import BadInput
-from regauge.modeling_regauge import KEEPS, KEY, MODEL_TYPE
+from regauge.modeling_regauge import HOOKS, KEEPS, KEY, MODEL_TYPE
 
 FORMAT = 1
 LARGEST = 1 << 31
@@ -30,11 +30,13 @@ FIELDS: Mapping[str, Mapping[str, type]] = {
     "convolution": {**_CONVOLUTION, "dilation": list, "groups": int, "bias": bool, "pad": bool},
     "affine": {"size": int, "weight": bool, "bias": bool},
     "identity": {},
-    "center-input": {},
+    "embedding": {"rows": int, "size": int, "padding": object},
+    "parameter": {"shape": tuple},
     "attributes": {"values": Numbers},
     "buffers": {"values": Series},
+    **{hook: {} for hook in HOOKS},
 }
-"""Module -> its arguments; all of them are needed."""
+"""Module -> its arguments; all of them are needed. ``object``: an int or null. ``tuple``: a shape."""
 
 
 def check_patches(content: Mapping[str, Any]) -> None:
@@ -78,6 +80,10 @@ def _check(patch: Any) -> None:
 
 
 def _fits(value: Any, kind: type) -> bool:
+    if kind is object:
+        return value is None or _fits(value, int)
+    if kind is tuple:
+        return isinstance(value, list) and len(value) <= 8 and all(_fits(item, int) for item in value)
     if kind is list:
         return isinstance(value, list) and 1 <= len(value) <= 3 and all(_fits(item, int) for item in value)
     if kind in (Numbers, Series):

@@ -32,7 +32,7 @@ Patch = Mapping[str, Any]
 
 _KINDS = (
     *(nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, Norm, TransposedLinear, Convolution),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, Norm, TransposedLinear, Convolution, nn.Embedding),
 )
 PLAIN = frozenset(
     (*(f"{kind.__module__}.{kind.__qualname__}" for kind in _KINDS), "transformers.pytorch_utils.Conv1D")
@@ -44,7 +44,7 @@ proves that it has one path only: see :mod:`regauge.straight`."""
 
 @dataclass(frozen=True)
 class Replaceable:
-    """A module that is nothing but one normalisation or one linear map.
+    """A module that is nothing but one normalisation, one linear map or one table.
 
     Attributes:
         path: where it is.
@@ -68,14 +68,11 @@ def replaceable(trace: Trace) -> dict[str, Replaceable]:
     """Path -> every module that can be replaced by one of ours, in order of first use."""
     found: dict[str, Replaceable] = {}
     for path, nodes in plain_modules(trace).items():
-        known = (
-            _norm(trace, path, nodes)
-            or _linear(trace, path, nodes)
-            or _convolution(trace, path, nodes)
-            or _primitive(trace, path, nodes)
-        )
-        if known is not None:
-            found[path] = known
+        for form in (_norm, _linear, _convolution, _embedding, _primitive):
+            known = form(trace, path, nodes)
+            if known is not None:
+                found[path] = known
+                break
     return found
 
 
@@ -300,6 +297,28 @@ def _convolution(trace: Trace, path: str, nodes: list[fx.Node]) -> Replaceable |
         "pad": False,
     }
     return Replaceable(path, patch, tuple(node.name for node in nodes), weight, bias)
+
+
+def _embedding(trace: Trace, path: str, nodes: list[fx.Node]) -> Replaceable | None:
+    """Rows of a table looked up; the gradient is neither sparse nor scaled."""
+    found: set[tuple[Any, ...]] = set()
+    for node in nodes:
+        if op_name(node) != "aten.embedding" or node.kwargs:
+            return None
+        args: list[Any] = [*node.args, *(-1, False, False)[len(node.args) - 2 :]]
+        found.add((own_parameter(trace, path, args[0]), *args[2:]))
+    ((weight, padding, scaled, sparse), *others) = found
+    if others or weight is None or scaled or sparse:
+        return None
+    rows, size = trace.shapes[trace.canonical[weight]]
+    patch = {
+        "path": path,
+        "module": "embedding",
+        "rows": rows,
+        "size": size,
+        "padding": None if padding < 0 else padding,
+    }
+    return Replaceable(path, patch, tuple(node.name for node in nodes), weight, None)
 
 
 _CONVOLUTIONS = {"aten.conv1d": 1, "aten.conv2d": 2, "aten.conv3d": 3}

@@ -55,6 +55,19 @@ class Made:
         return self.build(read).to(torch.float64)
 
 
+@dataclass(frozen=True, eq=False)
+class Refit:
+    """A parameter in another shape, made of its own value.
+
+    Attributes:
+        shape: the new shape.
+        build: from the value as the steps before leave it, float64, to the new one.
+    """
+
+    shape: tuple[int, ...]
+    build: Callable[[torch.Tensor], torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Rewrite:
     """What to do to a checkpoint.
@@ -80,3 +93,22 @@ class Rewrite:
     recipe: tuple[Mapping[str, Any], ...] = ()
     used: tuple[Mapping[str, Any], ...] = ()
     patches: tuple[Mapping[str, Any], ...] = ()
+
+    def value(self, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """The parameter as this plan leaves it, float64; ``read``: original values by parameter name."""
+        made = self.made.get(name)
+        value = read(self.copies.get(name, name)) if made is None else made.value(read)
+        value = value.to(torch.float64)
+        for step in self.steps.get(name, ()):
+            value = step.apply(value)
+        return value
+
+    def made_of(self, name: str, refit: Refit) -> Made:
+        """The parameter refitted after all this plan does to it: the steps, copy and making so far are
+        within, so that the result is again made of original values alone."""
+        made, origin = self.made.get(name), self.copies.get(name, name)
+
+        def build(read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+            return refit.build(self.value(name, read))
+
+        return Made(refit.shape, origin if made is None else made.like, build)

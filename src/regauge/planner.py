@@ -63,7 +63,7 @@ def make_plan(
         unscale = None if unscale_config is None else partial(unscale_config, rewrite)
         other = None if trial is None else trial(rewrite)
         scene = Scene(gauge, state, view(rewrite), random, untie_config, other, unscale)
-        change = move.plan(scene, options)
+        change = _composed(rewrite, move.plan(scene, options))
         used = [asdict(item) | {"move": spec.name, "place": place} for item in change.used]
         rewrite = Rewrite(
             steps=_merged({n: s for n, s in rewrite.steps.items() if n not in change.made}, change.steps),
@@ -94,6 +94,16 @@ def make_plan(
         patches = tuple(patch for patch in rewrite.patches if known.get(patch["path"]) != patch)
         rewrite = replace(rewrite, patches=patches)
     return rewrite, state, gauge
+
+
+def _composed(rewrite: Rewrite, change: Change) -> Change:
+    """The change with everything it makes given in terms of original values and of their names."""
+    steps = {name: (*rewrite.steps.get(name, ()), *change.steps.get(name, ())) for name in change.refits}
+    before = replace(rewrite, steps=steps)
+    made = {n: replace(m, like=rewrite.copies.get(m.like, m.like)) for n, m in change.made.items()}
+    made |= {name: before.made_of(name, refit) for name, refit in change.refits.items()}
+    kept = {name: held for name, held in change.steps.items() if name not in change.refits}
+    return replace(change, steps=kept, made=made, refits={})
 
 
 def _merged(

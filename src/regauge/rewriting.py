@@ -136,8 +136,7 @@ def rewrite(
             trial,
             lambda plan: unscaled_config({**source_config, **_config(source_config, plan)}),
         )
-        # A copy that the checkpoint does not store yet is a new tensor of its own name.
-        names = {n: t for n, t in names.items() if n not in plan.copies or t != names[plan.copies[n]]}
+        names = _apart(names, plan)
         view = RewrittenView(files, plan, names)
         clock.lap("plan")
         config = _config(source_config, plan)
@@ -200,6 +199,19 @@ def rewrite(
                 raise
             clock.lap("commit")
     return RewriteResult(certificate, report, manifest, clock.seconds, plan)
+
+
+def _apart(names: Mapping[str, str], plan: Rewrite) -> dict[str, str]:
+    """Without names that no longer share a stored tensor: each is a new tensor of its own name."""
+    first: dict[str, str] = {}
+    for name, tensor in names.items():
+        first.setdefault(tensor, name)
+    made = {n for n, t in names.items() if n in plan.made and first[t] != n}
+    return {
+        n: t
+        for n, t in names.items()
+        if n not in made and (n not in plan.copies or t != names[plan.copies[n]])
+    }
 
 
 def _config(config: Mapping[str, Any], plan: Rewrite) -> dict[str, Any]:

@@ -102,6 +102,21 @@ def mean_and_bias() -> Made:
 
 
 @exhibit
+def mean_without_shift() -> Made:
+    def body(m: Any, ids: Tensor) -> Tensor:
+        x = m.p(ids) + m.z
+        x = x + m.mix(m.q(x))
+        x = x + m.v(F.gelu(m.u(m.o(x))))
+        return m.s(m.r(x))
+
+    parts = {"u": nn.Linear(D, 9), "v": nn.Linear(9, D), "s": nn.Linear(D, 23)}
+    norms = {name: nn.LayerNorm(D, eps=EPS, bias=False) for name in "oqr"}
+    return Fn(body, p=nn.Embedding(23, D), z=param(7, D), mix=Look(bias=True), **norms, **parts), (
+        tokens(23),
+    )
+
+
+@exhibit
 def norm_after_sum() -> Made:
     def body(m: Any, ids: Tensor) -> Tensor:
         x = m.o(m.p(ids))

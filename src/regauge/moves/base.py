@@ -18,7 +18,7 @@ from regauge.discover import Gauge
 from regauge.elements import Element, residual
 from regauge.errors import Refused
 from regauge.growing.fit import Trial
-from regauge.plan import Made, Step
+from regauge.plan import Made, Refit, Step
 from regauge.steps import ActStep
 from regauge.trace import Trace, untie
 
@@ -119,11 +119,13 @@ class Change:
     Attributes:
         state: how far the moves have come then.
         retrace: the configuration changes the graph.
+        refits: parameters that change their shape, after their ``steps``.
     """
 
     steps: Mapping[str, tuple[Step, ...]] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
     made: Mapping[str, Made] = field(default_factory=dict)
+    refits: Mapping[str, Refit] = field(default_factory=dict)
     drops: frozenset[str] = frozenset()
     config: Mapping[str, Any] = field(default_factory=dict)
     state: State | None = None

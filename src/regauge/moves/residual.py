@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from regauge.atlas import Kind
 from regauge.errors import Refused
 from regauge.interpret import op_name
 from regauge.moves.base import Builder, Change, Move, Option, Preserves, Scene, State, describe, widest
+from regauge.moves.narrow import FORMS, plan_narrow
 from regauge.moves.structure import rms_patch
 from regauge.patches import Patch, owners
 from regauge.steps import CenterStep
@@ -21,12 +24,12 @@ def plan_center(scene: Scene, options: Mapping[str, Any]) -> Change:
     Source: Jiang et al., Pre-RMSNorm and Pre-CRMSNorm Transformers (arXiv 2305.14858, section 3).
     """
     builder = Builder(scene)
-    centred: set[tuple[str, int]] = set()
+    covered: Counter[tuple[str, int]] = Counter()
     for generator in scene.atlas.of_kind(Kind.NULL):
         actions = [action for action in generator.actions if action.exponent == 1]
         for action in actions:
             builder.add(action.parameter, CenterStep(action, scene.shape(action.parameter)))
-            centred.add((action.parameter, action.axis))
+            covered[action.parameter, action.axis] += prod(part.size for part in action.parts)
         if actions:
             builder.note(generator, None)
     if not builder.used:
@@ -36,6 +39,9 @@ def plan_center(scene: Scene, options: Mapping[str, Any]) -> Change:
             space=describe(space),
             found="its readers see the ones direction (an RMS norm does, a LayerNorm does not)",
         )
+    centred = {key for key, count in covered.items() if count == prod(scene.shape(key[0]))}
+    if options["norm"] in FORMS:
+        return plan_narrow(scene, builder, centred, options["norm"])
     if options["norm"] == "rms":
         paths, nodes = scene.gauge.zero_mean_norms(centred, untied=scene.state.untied)
         entries: list[Patch] = [{"path": path, "module": "center-input"} for path in paths]
@@ -73,8 +79,9 @@ CENTER = Move(
         "norm": Option(
             str,
             "keep",
-            "rms: also replace each LayerNorm whose input is then centred by an RMSNorm",
-            ("keep", "rms"),
+            "rms: also replace each LayerNorm whose input is then centred by an RMSNorm; crms, chart: also"
+            " store the stream with one coordinate less, by leaving out its last entry or its mean",
+            ("keep", "rms", *FORMS),
         )
     },
 )

@@ -21,7 +21,7 @@ from regauge.trace import module_path, plain_path
 
 def entrances(
     walk: Walk, layout: Layout, folded: Set[int], centred: Set[tuple[str, int]], graph: fx.Graph
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+) -> tuple[dict[str, tuple[int, int]], tuple[str, ...]]:
     """Modules whose input is to be centred, and the LayerNorms whose input then has mean zero.
 
     Args:
@@ -31,13 +31,13 @@ def entrances(
         graph: the traced graph.
 
     Returns:
-        paths of modules, in order of use, and names of operations.
+        path of each module, in order of use -> (id of its input, axis of the mean), and names of operations.
     """
     norms = {node.name for node in graph.nodes if op_name(node) == "aten.layer_norm"}
     found = [name for name in zero_mean_inputs(walk.result, centred) if name in norms]
-    paths: list[str] = []
+    paths: dict[str, tuple[int, int]] = {}
     if len(found) == len(norms):
-        return (), tuple(found)
+        return paths, tuple(found)
     blind = Blind(walk, layout, folded).solve()
     calls = _calls(graph)
     taken: dict[int, int] = {}
@@ -54,8 +54,8 @@ def entrances(
         more = [n for n in zero_mean_inputs(walk.result, centred, {**taken, value.id: axis}) if n in norms]
         if len(more) > len(found):
             taken[value.id], found = axis, more
-            paths.append(path)
-    return tuple(paths), tuple(found)
+            paths[path] = (value.id, axis)
+    return paths, tuple(found)
 
 
 def _entered(node: fx.Node) -> str:
