@@ -164,7 +164,7 @@ def _kept_buffers(
 
 def replaced(patches: Iterable[Patch]) -> frozenset[str]:
     """Paths of the modules that patches replace."""
-    return frozenset(patch["path"] for patch in patches if patch["module"] not in KEEPS)
+    return frozenset(p["path"] for p in patches if p["module"] not in (*KEEPS, "parameter"))
 
 
 def _by_config(
@@ -259,13 +259,13 @@ def _by_patches(
 ) -> Iterator[tuple[dict[str, Any], tuple[Patch, ...]]]:
     known = replaceable(trace)
     ours: dict[str, Patch] = {}
-    for name in wanted:
+    for name, shape in wanted.items():
         owner = name.rpartition(".")[0]
         patch = resized(known[owner], trace, wanted) if owner in known else None
-        if patch is None:
-            reasons.append(f"{name} is not in a module that can be replaced")
-            return
-        ours[owner] = patch
+        if patch is not None:
+            ours[owner] = patch
+        else:
+            ours[name] = {"path": name, "module": "parameter", "shape": list(shape)}
     base = tuple(ours.values())
     yield {}, base
     model, _ = trial.build({}, ())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from regauge.growing.same import same_but_for_sizes
 from regauge.growing.sizes import GrownAxis, grown_axis
 from regauge.moves.base import Change, Move, Option, Preserves, Scene, Used
 from regauge.patches import Patch
-from regauge.plan import Made
+from regauge.plan import Refit
 from regauge.solve.layout import Layout
 
 ROLES = {
@@ -82,7 +82,7 @@ def plan_grow(scene: Scene, options: Mapping[str, Any]) -> Change:
         kind = New.ZERO if item.role is Role.RESIDUAL else new
         fills[item.reach.atom] = fill(kind, item.reach.size, item.size, options["noise"], scene.random)
     charts = {name: chart for name, chart in layout.facts.parameters}
-    made: dict[str, Made] = {}
+    refits: dict[str, Refit] = {}
     for name in wanted:
         silent = [
             (axis, offset, item.reach.atom)
@@ -92,26 +92,20 @@ def plan_grow(scene: Scene, options: Mapping[str, Any]) -> Change:
         ]
         seed = int(torch.randint(1 << 62, (), generator=scene.random))
         scales = {(axis, offset): f for (held, axis, offset), f in factors.items() if held == name}
-        build = partial(_value, scene.read, name, axes[name], fills, silent, scales, charts[name], seed)
-        made[name] = Made(wanted[name], name, build)
+        build = partial(
+            grown,
+            axes=axes[name],
+            fills=fills,
+            silent=silent,
+            scales=scales,
+            chart=charts[name],
+            seed=seed,
+        )
+        refits[name] = Refit(wanted[name], build)
     used = tuple(
         Used(f"{item.role}", "growth", item.size, 1, len(item.reach.sides), 0.0, 0.0) for item in chosen
     )
-    return Change(made=made, config=dict(fit.config), patches=fit.patches, used=used)
-
-
-def _value(
-    read: Callable[[str], torch.Tensor],
-    name: str,
-    axes: tuple[GrownAxis, ...],
-    fills: Mapping[int, Fill],
-    silent: list[tuple[int, int, int]],
-    scales: Mapping[tuple[int, int], float],
-    chart: float,
-    seed: int,
-    _: Any,
-) -> torch.Tensor:
-    return grown(read(name), axes, fills, silent, scales, chart, seed)
+    return Change(refits=refits, config=dict(fit.config), patches=fit.patches, used=used)
 
 
 def _shape(axes: tuple[GrownAxis, ...]) -> tuple[int, ...]:
