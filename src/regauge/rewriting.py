@@ -21,7 +21,7 @@ from regauge.checkpoint import Checkpoint
 from regauge.discover import Gauge
 from regauge.errors import CheckpointError, NotEquivalent, RegaugeError
 from regauge.hf import checkpoint_names, load_meta, patched_config, read_config, untied_config
-from regauge.jobs import tensor_copies, tensor_drops, tensor_made
+from regauge.jobs import tensor_copies, tensor_drops, tensor_made, with_new_names
 from regauge.modeling_regauge import KEY
 from regauge.plan import Rewrite
 from regauge.planner import make_plan
@@ -108,10 +108,12 @@ def rewrite(
             recipe,
             seed,
             partial(_reader, files, names),
-            lambda: untied_config(source_config),
+            untied_config,
             lambda name: tell(f"planning {name}", next(count), len(recipe.moves)),
             retrace,
+            lambda so_far: {**source_config, **_config(source_config, so_far)},
         )
+        names = with_new_names(names, plan)
         # A copy that the checkpoint does not store yet is a new tensor of its own name.
         names = {n: t for n, t in names.items() if n not in plan.copies or t != names[plan.copies[n]]}
         view = RewrittenView(files, plan, names)

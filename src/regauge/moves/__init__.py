@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from regauge.moves.base import Change, Move, Option, Preserves, Scene, State, Used
 from regauge.moves.batchnorm import FOLD_BATCHNORM
+from regauge.moves.depth import INSERT_LAYERS
 from regauge.moves.entries import PERMUTE, RESCALE
 from regauge.moves.fold import DROP_KEY_BIAS, FOLD_SCALES, FOLD_SHIFTS, FOLD_VALUE_BIAS
 from regauge.moves.residual import CENTER, UNTIE
@@ -26,6 +27,7 @@ _ALL = (
     RESCALE,
     PERMUTE,
     BALANCE_HEADS,
+    INSERT_LAYERS,
 )
 
 MOVES: Mapping[str, Move] = {move.name: move for move in _ALL}

@@ -64,6 +64,7 @@ class Scene:
         read: current value of a parameter by state-dict name, as the moves so far leave it.
         random: CPU generator for this move alone.
         untie_config: changes to the configuration that untie, when asked for; None for plain modules.
+        config: content of ``config.json`` as the moves so far leave it; None for plain modules.
     """
 
     gauge: Gauge
@@ -71,6 +72,7 @@ class Scene:
     read: Callable[[str], torch.Tensor]
     random: torch.Generator
     untie_config: Callable[[], Mapping[str, Any]] | None = None
+    config: Callable[[], Mapping[str, Any]] | None = None
 
     @property
     def atlas(self) -> Atlas:
@@ -109,7 +111,14 @@ class Used:
 
 @dataclass(frozen=True)
 class Change:
-    """What a move does; see :class:`regauge.plan.Rewrite`. ``state``: how far the moves have come then."""
+    """What a move does; see :class:`regauge.plan.Rewrite`.
+
+    Attributes:
+        state: how far the moves have come then.
+        takes: parameter -> parameter before the move whose value it takes, with all that earlier moves did
+            to it; all at once, so that layers can change places. ``steps``, ``made`` come after.
+        resized: the configuration gives a model with other parameters, which is to be traced anew.
+    """
 
     steps: Mapping[str, tuple[Step, ...]] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
@@ -119,6 +128,8 @@ class Change:
     state: State | None = None
     used: tuple[Used, ...] = ()
     patches: tuple[Mapping[str, Any], ...] = ()
+    takes: Mapping[str, str] = field(default_factory=dict)
+    resized: bool = False
 
 
 @dataclass(frozen=True)
