@@ -21,7 +21,7 @@ ONCE = ("untie", "fold-batchnorm", "add-bias", *FOLDS, "center", "strip")
 """Moves to a normal form: doing them again changes nothing."""
 RANDOM = ("rotate", "permute")
 """Moves that draw: another seed gives another result."""
-OTHERS = ("rescale", "balance-heads")
+OTHERS = ("rescale", "balance-heads", "insert-layers")
 
 NOT_CANONICAL = {
     "falcon": "its value width is split as rotary splits the fused projection: two permutations cross",
@@ -103,7 +103,9 @@ def test_the_seed_decides(spec: dict[str, Any]) -> None:
         assert isinstance(again, Moved)
         assert isinstance(other, Moved)
         assert _identical(first.weights, again.weights)
-        drawn = (spec["name"] in RANDOM and spec.get("mode") != "sorted") or spec.get("mode") == "random"
+        drawn = (spec["name"] in RANDOM and spec.get("mode") != "sorted") or (
+            "random" in (spec.get("mode"), spec.get("new"))
+        )
         assert _identical(first.weights, other.weights) is not drawn, name
 
 

@@ -91,7 +91,16 @@ class _Trial:
         self.tokens = Tokens()
         place = {old: sources.index(old) for old in sources}
         self.outline = outline(walk, stack, self.tokens, place)
-        self.nearest = "no such number: every one was tried"
+        self._nearest = (0, "no such number: every one was tried")
+
+    @property
+    def nearest(self) -> str:
+        """Why the change that came nearest was none."""
+        return self._nearest[1]
+
+    def _note(self, rank: int, reason: str) -> None:
+        if rank > self._nearest[0]:
+            self._nearest = rank, reason
 
     def _takes(self) -> dict[str, str]:
         """New name -> old name, for every parameter of the stack."""
@@ -149,18 +158,18 @@ class _Trial:
             if names == _shapes(self.before):
                 return False, None
             if names != self._names():
-                self.nearest = f"{key} changes other parameters"
+                self._note(2, f"{key} changes other parameters")
                 return True, None
             walk = interpret(trace(after.model, (), after.inputs))
             stack = find_stacks(walk)[0].get(self.stack.path)
         except (RegaugeError, RuntimeError, ValueError, TypeError) as error:
-            self.nearest = f"{key}: {' '.join(str(error).split())[:160]}"
+            self._note(1, f"{key}: {' '.join(str(error).split())[:160]}")
             return True, None
         if stack is None or len(stack.layers) != self.wanted:
             return True, None
         reason = self._other(outline(walk, stack, self.tokens, None)) or self._buffers(after)
         if reason:
-            self.nearest = f"{key} changes {reason}"
+            self._note(3, f"{key} changes {reason}")
         return True, None if reason else (walk, stack)
 
     def _names(self) -> dict[str, tuple[int, ...]]:

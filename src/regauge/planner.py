@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from regauge.cuts import CUTS
 from regauge.discover import Gauge
 from regauge.errors import Refused, TraceError
 from regauge.moves import MOVES, Change, Scene, State
@@ -54,7 +55,7 @@ def make_plan(
         if progress is not None:
             progress(spec.name)
         spec = check_move(spec)
-        move = MOVES[spec.name]
+        move = MOVES.get(spec.name) or CUTS[spec.name]
         options = {name: option.default for name, option in move.options.items()} | dict(spec.options)
         random = torch.Generator().manual_seed(_mix(seed, place))
         now = None if config is None else partial(config, rewrite)

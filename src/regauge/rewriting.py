@@ -18,6 +18,7 @@ from regauge.apply import ApplyReport, RewrittenView, apply_rewrite
 from regauge.certify import Certificate, certify
 from regauge.certify.certificate import software
 from regauge.checkpoint import Checkpoint
+from regauge.cuts import check_cuts, measured
 from regauge.discover import Gauge
 from regauge.errors import CheckpointError, NotEquivalent, RegaugeError
 from regauge.hf import checkpoint_names, load_meta, patched_config, read_config, untied_config
@@ -64,6 +65,7 @@ def rewrite(
     max_memory: int | None = None,
     text: str | Path | None = None,
     progress: Progress | None = None,
+    cut: bool = False,
 ) -> RewriteResult:
     """Move a checkpoint along its gauge, certify it, and only then let it appear at ``out``.
 
@@ -76,13 +78,15 @@ def rewrite(
         max_memory: bytes to stay near.
         text: text file for the certificate; default random inputs.
         progress: see :data:`Progress`.
+        cut: whether the recipe may hold cuts. With one the certificate says how different the result is.
 
     Raises:
-        Refused: a move does not exist here, or the result cannot be stored.
+        Refused: a cut that is not allowed, a move does not exist here, or the result cannot be stored.
         NotEquivalent: the certificate failed; nothing is left at ``out``.
         BadInput, CheckpointError: unusable input; nothing is left at ``out``.
     """
     recipe = recipe if isinstance(recipe, Recipe) else parse_recipe(recipe)
+    cuts = check_cuts(recipe, cut)
     seed = seed if seed is not None else (recipe.seed or 0)
     if dtype is None and recipe.dtype is not None:
         dtype = getattr(torch, recipe.dtype)
@@ -164,7 +168,9 @@ def rewrite(
                 )
                 certificate = replace(certificate, b=replace(certificate.b, name=target.name))
                 clock.lap("certify")
-                if not certificate.passed:
+                if cuts:
+                    certificate = measured(certificate, cuts)
+                elif not certificate.passed:
                     raise NotEquivalent(
                         f"the certificate failed: {certificate.reason}",
                         expected="equivalent",
@@ -172,6 +178,8 @@ def rewrite(
                         way_out="unless the output overflows this is a fault in regauge: report the recipe",
                     )
                 manifest = _manifest(plan, seed, files, staged, written, certificate, clock.seconds)
+                if cuts:
+                    manifest["cuts"] = list(cuts)
                 staged.commit(manifest)
             except RegaugeError:
                 staged.discard()

@@ -76,9 +76,24 @@ def specimen(name: str) -> Specimen:
     return Specimen(name, traced, held.buffers(), inputs, Gauge(traced))
 
 
-def rebuilt(name: str, copies: Iterable[str], patches: Sequence[Mapping[str, Any]]) -> Specimen:
+def content(name: str) -> dict[str, Any]:
+    """What ``config.json`` of a member of the zoo holds."""
+    return CONFIGS[name]().to_dict()
+
+
+def rebuilt(
+    name: str,
+    copies: Iterable[str],
+    patches: Sequence[Mapping[str, Any]],
+    config: Mapping[str, Any] | None = None,
+) -> Specimen:
     """A member of the zoo with another structure."""
     held = specimen(name)
+    if config:
+        again = load_meta({**content(name), **config})
+        traced = trace(again.model, (), again.inputs)
+        given = dict(zip(traced.inputs, held.inputs.values(), strict=True))
+        return Specimen(name, traced, again.buffers(), given, Gauge(traced))
     if name in HOSTILE:
         torch.manual_seed(0)
         module, args = HOSTILE[name]()
@@ -163,11 +178,21 @@ def move(name: str, *moves: Any, seed: int = 0, start: Mapping[str, Tensor] | No
         return lambda wanted: carry_out(begin, so_far, [wanted])[wanted]
 
     def retrace(so_far: Rewrite) -> Gauge:
-        return rebuilt(name, tuple(so_far.copies), so_far.patches).gauge
+        return rebuilt(name, tuple(so_far.copies), so_far.patches, so_far.config).gauge
 
-    plan, state, _ = make_plan(held.gauge, parse_recipe({"moves": list(moves)}), seed, view, retrace=retrace)
-    if plan.patches:
-        changed = rebuilt(name, tuple(plan.copies), plan.patches)
+    def config(so_far: Rewrite) -> dict[str, Any]:
+        return {**content(name), **so_far.config}
+
+    plan, state, _ = make_plan(
+        held.gauge,
+        parse_recipe({"moves": list(moves)}),
+        seed,
+        view,
+        retrace=retrace,
+        config=config if name in CONFIGS else None,
+    )
+    if plan.patches or plan.config:
+        changed = rebuilt(name, tuple(plan.copies), plan.patches, plan.config)
         bench = Bench(changed, state.untied)
         return Moved(plan, state, carry_out(begin, plan, bench.trace.shapes), bench)
     names = alias if state.untied else held.trace.shapes

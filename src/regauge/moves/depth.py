@@ -29,7 +29,7 @@ def plan_insert_layers(scene: Scene, options: Mapping[str, Any]) -> Change:
     """
     content = configuration(scene)
     walk = interpret(scene.trace)
-    stack = choose_stack(walk, options["stack"])
+    stack = choose_stack(walk, options["stack"] or None)
     count = len(stack.layers)
     more = wanted(options["layers"], count) - count
     if more < 1:
@@ -176,6 +176,6 @@ INSERT_LAYERS = Move(
             "the rest of a new layer: a copy of that layer, or random as large",
             ("copy", "random"),
         ),
-        "stack": Option(str, None, "path of the list of layers, where there are several"),
+        "stack": Option(str, "", "path of the list of layers, where there are several"),
     },
 )
