@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from regauge.atlas import Atlas
 from regauge.cli import app
 from regauge.cli_support import parse_size
+from regauge.cuts import CUTS
 from regauge.errors import BadInput
 from regauge.moves import MOVES
 
@@ -182,7 +183,8 @@ def test_certify_agrees_and_disagrees(
 
 def test_moves_lists_every_move_with_its_identity_and_options() -> None:
     listed = {move["name"]: move for move in json.loads(run("moves", "--json").stdout)}
-    assert list(listed) == list(MOVES)
+    assert list(listed) == [*MOVES, *CUTS]
+    assert [name for name, item in listed.items() if item["type"] == "cut"] == list(CUTS)
     text = flat(run("moves").stdout)
     for name, move in MOVES.items():
         assert listed[name]["identity"] == move.identity

@@ -11,6 +11,7 @@ from torch import nn
 
 from regauge.atlas import Atlas
 from regauge.certify import Certificate, certify_modules
+from regauge.cuts import check_cuts
 from regauge.discover import Gauge, discover
 from regauge.errors import BadInput, NotEquivalent
 from regauge.growing.fit import Trial, trial_of
@@ -88,6 +89,7 @@ def rewrite_module(
     """
     recipe = recipe if isinstance(recipe, Recipe) else parse_recipe(recipe)
     seed = seed if seed is not None else (recipe.seed or 0)
+    check_cuts(recipe, False)
     args, kwargs = _inputs(inputs)
     traced = trace(model, args, kwargs, outputs=outputs)
     state = {name: value.detach() for name, value in model.state_dict(keep_vars=True).items()}

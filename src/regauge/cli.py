@@ -120,6 +120,9 @@ def rewrite(
     ] = None,
     max_memory: Memory = None,
     text: TextFile = None,
+    allow_cuts: Annotated[
+        bool, typer.Option("--allow-cuts", help="Also make cuts: another function, by a measured amount.")
+    ] = False,
     json: AsJson = False,
 ) -> None:
     """Apply moves to a checkpoint, certify the result, and only then put it at OUT.
@@ -145,7 +148,7 @@ def rewrite(
                 way_out="`regauge moves` lists the moves",
             )
         plan = load_recipe(recipe) if recipe is not None else Recipe(moves=tuple(map(parse_move, move or ())))
-        write_and_show(source, out, plan, dtype, seed, max_memory, text, as_json=json)
+        write_and_show(source, out, plan, dtype, seed, max_memory, text, as_json=json, cut=allow_cuts)
 
 
 app.command()(grow)
@@ -270,8 +273,10 @@ def report(
 def moves(json: AsJson = False) -> None:
     """List every move: its identity, what it needs, what it preserves, and its options.
 
-    After --move a move is written NAME or NAME:key=value,key=value. Moves are
-    made in the order in which they are given.
+    Below them stand the cuts, which make another function; `rewrite` makes
+    them with --allow-cuts only, and measures the difference. After --move a
+    move is written NAME or NAME:key=value,key=value. Moves are made in the
+    order in which they are given.
 
     \b
     Examples:
@@ -279,13 +284,15 @@ def moves(json: AsJson = False) -> None:
       regauge moves --json
     """
     with outcome(as_json=json):
+        from regauge.cuts import CUTS
         from regauge.moves import MOVES
-        from regauge.show import moves_view
+        from regauge.show import cuts_view, moves_view
 
         if json:
-            print_json([described(move) for move in MOVES.values()])
+            print_json([described(item) for item in (*MOVES.values(), *CUTS.values())])
         else:
             show(moves_view(MOVES))
+            show(cuts_view(CUTS))
 
 
 @app.command()

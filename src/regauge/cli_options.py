@@ -51,6 +51,7 @@ def write_and_show(
     text: Path | None,
     *,
     as_json: bool,
+    cut: bool = False,
 ) -> None:
     """Carry out a recipe, with a progress bar, and print what was done."""
     limit = None if max_memory is None else parse_size(max_memory)
@@ -66,6 +67,7 @@ def write_and_show(
             max_memory=limit,
             text=text,
             progress=progress,
+            cut=cut,
         )
     if as_json:
         print_json(rewritten(result, str(out)))

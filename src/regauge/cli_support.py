@@ -165,12 +165,13 @@ def exported(result: ExportResult) -> dict[str, Any]:
 
 
 def described(move: Any) -> dict[str, Any]:
-    """A move as plain data, for ``moves --json``."""
+    """A move or a cut as plain data, for ``moves --json``."""
+    cut = hasattr(move, "loses")
     return {
         "name": move.name,
+        "type": "cut" if cut else "move",
         "identity": move.identity,
-        "needs": move.needs,
-        "preserves": str(move.preserves),
+        **({"loses": move.loses} if cut else {"needs": move.needs, "preserves": str(move.preserves)}),
         "options": {
             key: {
                 "type": option.type.__name__,

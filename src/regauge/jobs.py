@@ -51,6 +51,26 @@ def tensor_drops(source: Checkpoint, rewrite: Rewrite, names: Names) -> frozense
     return frozenset(dropped - kept - set(tensor_made(source, rewrite, names)))
 
 
+def with_new_names(names: Mapping[str, str], rewrite: Rewrite) -> dict[str, str]:
+    """The same with parameters of new layers, stored as those of old layers are but for their number.
+
+    A checkpoint may spell a name without the prefix that the model gives it, ``h.3.w`` for ``model.h.3.w``.
+    """
+    result = dict(names)
+    origins = dict(rewrite.copies) | {name: made.like for name, made in rewrite.made.items()}
+    for new, old in origins.items():
+        parts, before = new.split("."), old.split(".")
+        stored = names.get(old, old).split(".")
+        differ = [i for i, (x, y) in enumerate(zip(parts, before, strict=False)) if x != y]
+        if new in names or len(parts) != len(before) or len(differ) != 1 or not parts[differ[0]].isdigit():
+            continue
+        place = differ[0] - len(before)
+        if len(stored) >= -place and stored[place:] == before[place:]:
+            stored[place] = parts[place]
+            result[new] = ".".join(stored)
+    return result
+
+
 def plan_jobs(source: Checkpoint, rewrite: Rewrite, names: Names) -> dict[str, Job]:
     """Tensor of the result -> job, for every tensor that is not simply copied.
 

@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 
+from regauge.cuts import CUTS
 from regauge.discover import Gauge
 from regauge.errors import Refused, TraceError
 from regauge.growing.fit import Trial
 from regauge.moves import MOVES, Change, Scene, State
 from regauge.patches import merged, replaceable
-from regauge.plan import Rewrite
+from regauge.plan import Made, Rewrite
 from regauge.recipe import Recipe, check_move
 
 Reader = Callable[[str], torch.Tensor]
+Unscaled = tuple[Mapping[str, Any], Mapping[str, float]]
 
 
 def make_plan(
@@ -25,11 +27,12 @@ def make_plan(
     recipe: Recipe,
     seed: int,
     view: Callable[[Rewrite], Reader],
-    untie_config: Callable[[], Mapping[str, Any]] | None = None,
+    untie_config: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
     progress: Callable[[str], None] | None = None,
     retrace: Callable[[Rewrite], Gauge] | None = None,
+    config: Callable[[Rewrite], Mapping[str, Any]] | None = None,
     trial: Callable[[Rewrite], Trial] | None = None,
-    unscale_config: Callable[[Rewrite], tuple[Mapping[str, Any], Mapping[str, float]]] | None = None,
+    unscale_config: Callable[[Mapping[str, Any]], Unscaled] | None = None,
 ) -> tuple[Rewrite, State, Gauge]:
     """Plan every move of a recipe. Nothing is written.
 
@@ -38,12 +41,13 @@ def make_plan(
         recipe: moves with checked options.
         seed: each move draws from a generator of its own, seeded by this and its place.
         view: plan so far -> reader of current values by state-dict name.
-        untie_config: see :class:`regauge.moves.Scene`.
+        untie_config: content of ``config.json`` -> changes to it that untie.
         progress: called with the name of each move as it starts.
         retrace: the gauge of the model with the structure of the plan so far; asked for after a move that
             changes the structure.
+        config: plan so far -> content of ``config.json`` then; None for plain modules.
         trial: how the model of the plan so far can be rebuilt in other sizes.
-        unscale_config: plan so far -> see :class:`regauge.moves.Scene`.
+        unscale_config: content of ``config.json`` -> see :class:`regauge.moves.Scene`.
 
     Returns:
         the plan, the state the model is in after it, and its gauge: another one than ``gauge`` if the
@@ -57,18 +61,29 @@ def make_plan(
         if progress is not None:
             progress(spec.name)
         spec = check_move(spec)
-        move = MOVES[spec.name]
+        move = MOVES.get(spec.name) or CUTS[spec.name]
         options = {name: option.default for name, option in move.options.items()} | dict(spec.options)
         random = torch.Generator().manual_seed(_mix(seed, place))
-        unscale = None if unscale_config is None else partial(unscale_config, rewrite)
-        other = None if trial is None else trial(rewrite)
-        scene = Scene(gauge, state, view(rewrite), random, untie_config, other, unscale)
+        now = None if config is None else partial(config, rewrite)
+        scene = Scene(
+            gauge,
+            state,
+            view(rewrite),
+            random,
+            untie_config=_called(untie_config, now),
+            config=now,
+            trial=None if trial is None else trial(rewrite),
+            unscale_config=_called(unscale_config, now),
+        )
         change = _composed(rewrite, move.plan(scene, options))
+        before, rewrite = rewrite, _taken(rewrite, change.takes)
         used = [asdict(item) | {"move": spec.name, "place": place} for item in change.used]
         rewrite = Rewrite(
             steps=_merged({n: s for n, s in rewrite.steps.items() if n not in change.made}, change.steps),
             copies=_copied(rewrite, change),
-            made={n: m for n, m in {**rewrite.made, **change.made}.items() if n not in change.drops},
+            made={
+                n: m for n, m in {**rewrite.made, **_beside(change, before)}.items() if n not in change.drops
+            },
             drops=(rewrite.drops | change.drops) - change.made.keys(),
             config={**rewrite.config, **change.config},
             recipe=(*rewrite.recipe, {"move": spec.name, **dict(spec.options)}),
@@ -110,6 +125,39 @@ def _merged(
     old: Mapping[str, tuple[Any, ...]], new: Mapping[str, tuple[Any, ...]]
 ) -> dict[str, tuple[Any, ...]]:
     return {name: (*old.get(name, ()), *new.get(name, ())) for name in _ordered((*old, *new))}
+
+
+def _taken(rewrite: Rewrite, takes: Mapping[str, str]) -> Rewrite:
+    """Every parameter of ``takes`` becomes what the other one was: tensor and steps, or how it is made."""
+    steps, copies, made = (
+        {name: held for name, held in kind.items() if name not in takes}
+        for kind in (rewrite.steps, rewrite.copies, rewrite.made)
+    )
+    for new, old in takes.items():
+        if old in rewrite.steps:
+            steps[new] = rewrite.steps[old]
+        if old in rewrite.made:
+            made[new] = rewrite.made[old]
+        elif rewrite.copies.get(old, old) != new:
+            copies[new] = rewrite.copies.get(old, old)
+    return replace(rewrite, steps=steps, copies=copies, made=made) if takes else rewrite
+
+
+def _beside(change: Change, before: Rewrite) -> dict[str, Made]:
+    """What a move makes, beside a parameter that the source has."""
+    return {
+        name: replace(made, like=before.made[made.like].like) if made.like in before.made else made
+        for name, made in change.made.items()
+    }
+
+
+def _called(
+    function: Callable[[Mapping[str, Any]], Any] | None, now: Callable[[], Mapping[str, Any]] | None
+) -> Callable[[], Any] | None:
+    """The function of the configuration as it is when it is asked for."""
+    if function is None or now is None:
+        return None
+    return lambda: function(now())
 
 
 def _ordered(names: Iterable[str]) -> Iterable[str]:

@@ -150,17 +150,19 @@ def check_move(spec: MoveSpec) -> MoveSpec:
     Raises:
         RecipeError: an unknown move, an unknown option, or a value of the wrong kind.
     """
+    from regauge.cuts import CUTS
     from regauge.moves import MOVES
 
-    if spec.name not in MOVES:
-        known = f"one of {', '.join(MOVES)}"
+    described = MOVES.get(spec.name) or CUTS.get(spec.name)
+    if described is None:
+        known = f"one of {', '.join((*MOVES, *CUTS))}"
         raise RecipeError(
-            f"there is no move {spec.name!r}{_nearest(spec.name, MOVES)}",
+            f"there is no move {spec.name!r}{_nearest(spec.name, (*MOVES, *CUTS))}",
             expected=known,
             found=repr(spec.name),
             way_out="`regauge moves` describes them",
         )
-    known_options = MOVES[spec.name].options
+    known_options = described.options
     values: dict[str, Any] = {}
     for key, value in spec.options.items():
         if key not in known_options:
@@ -197,6 +199,8 @@ def _as(kind: type, value: Any) -> Any:
     if kind is bool:
         text = str(value).lower()
         return True if text in _TRUE else False if text in _FALSE else None
+    if kind is str and type(value) is int:
+        return str(value)
     if kind not in (int, float):
         return value if isinstance(value, kind) else None
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):

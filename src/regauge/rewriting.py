@@ -19,6 +19,7 @@ from regauge.apply import ApplyReport, RewrittenView, apply_rewrite
 from regauge.certify import Certificate, certify
 from regauge.certify.certificate import software
 from regauge.checkpoint import Checkpoint
+from regauge.cuts import check_cuts, measured
 from regauge.discover import Gauge
 from regauge.embedding_scale import unscaled_config
 from regauge.errors import CheckpointError, NotEquivalent, RegaugeError
@@ -32,7 +33,7 @@ from regauge.hf import (
     resolved_config,
     untied_config,
 )
-from regauge.jobs import tensor_copies, tensor_drops, tensor_made
+from regauge.jobs import tensor_copies, tensor_drops, tensor_made, with_new_names
 from regauge.modeling_regauge import KEY
 from regauge.plan import Rewrite
 from regauge.planner import make_plan
@@ -75,6 +76,7 @@ def rewrite(
     max_memory: int | None = None,
     text: str | Path | None = None,
     progress: Progress | None = None,
+    cut: bool = False,
 ) -> RewriteResult:
     """Move a checkpoint along its gauge, certify it, and only then let it appear at ``out``.
 
@@ -87,13 +89,15 @@ def rewrite(
         max_memory: bytes to stay near.
         text: text file for the certificate; default random inputs.
         progress: see :data:`Progress`.
+        cut: whether the recipe may hold cuts. With one the certificate says how different the result is.
 
     Raises:
-        Refused: a move does not exist here, or the result cannot be stored.
+        Refused: a cut that is not allowed, a move does not exist here, or the result cannot be stored.
         NotEquivalent: the certificate failed; nothing is left at ``out``.
         BadInput, CheckpointError: unusable input; nothing is left at ``out``.
     """
     recipe = recipe if isinstance(recipe, Recipe) else parse_recipe(recipe)
+    cuts = check_cuts(recipe, cut)
     seed = seed if seed is not None else (recipe.seed or 0)
     if dtype is None and recipe.dtype is not None:
         dtype = getattr(torch, recipe.dtype)
@@ -130,13 +134,14 @@ def rewrite(
             recipe,
             seed,
             partial(_reader, files, names),
-            lambda: untied_config(source_config),
+            untied_config,
             lambda name: tell(f"planning {name}", next(count), len(recipe.moves)),
             retrace,
+            lambda so_far: {**source_config, **_config(source_config, so_far)},
             trial,
-            lambda plan: unscaled_config({**source_config, **_config(source_config, plan)}),
+            unscaled_config,
         )
-        names = _apart(names, plan)
+        names = _apart(with_new_names(names, plan), plan)
         view = RewrittenView(files, plan, names)
         clock.lap("plan")
         config = _config(source_config, plan)
@@ -185,7 +190,9 @@ def rewrite(
                 )
                 certificate = replace(certificate, b=replace(certificate.b, name=target.name))
                 clock.lap("certify")
-                if not certificate.passed:
+                if cuts:
+                    certificate = measured(certificate, cuts)
+                elif not certificate.passed:
                     raise NotEquivalent(
                         f"the certificate failed: {certificate.reason}",
                         expected="equivalent",
@@ -193,6 +200,8 @@ def rewrite(
                         way_out="unless the output overflows this is a fault in regauge: report the recipe",
                     )
                 manifest = _manifest(plan, seed, files, staged, written, certificate, clock.seconds)
+                if cuts:
+                    manifest["cuts"] = list(cuts)
                 staged.commit(manifest)
             except RegaugeError:
                 staged.discard()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -290,18 +290,33 @@ def _most(axis: Dynamic) -> str:
 
 def moves_view(moves: Mapping[str, Any]) -> RenderableType:
     """Every move: its identity, what it needs and keeps, its options."""
+    return Group(
+        *_described(
+            moves,
+            {"needs": lambda move: move.needs or "nothing", "preserves": lambda move: str(move.preserves)},
+        )
+    )
+
+
+def cuts_view(cuts: Mapping[str, Any]) -> RenderableType:
+    """Every cut: what it does and loses, its options."""
+    title = Text("Cuts: another function, measured; only with --allow-cuts\n", style="yellow")
+    return Group(title, *_described(cuts, {"loses": lambda cut: cut.loses}))
+
+
+def _described(moves: Mapping[str, Any], rows: Mapping[str, Callable[[Any], str]]) -> list[RenderableType]:
     blocks: list[RenderableType] = []
     for move in moves.values():
         table = Table.grid(padding=(0, 2))
         table.add_column(style="dim", no_wrap=True)
         table.add_column()
         table.add_row("identity", Text(move.identity))
-        table.add_row("needs", Text(move.needs or "nothing"))
-        table.add_row("preserves", Text(str(move.preserves)))
+        for label, cell in rows.items():
+            table.add_row(label, Text(cell(move)))
         for key, option in move.options.items():
             table.add_row("option", Text(f"{key}={option_values(option)}  {option.help}"))
         blocks += [Text(move.name, style="bold"), Padding(table, (0, 0, 1, 2))]
-    return Group(*blocks)
+    return blocks
 
 
 def option_values(option: Any) -> str:

@@ -77,6 +77,11 @@ def specimen(name: str) -> Specimen:
     return Specimen(name, traced, held.buffers(), inputs, Gauge(traced))
 
 
+def content(name: str) -> dict[str, Any]:
+    """What ``config.json`` of a member of the zoo holds."""
+    return CONFIGS[name]().to_dict()
+
+
 def rebuilt(
     name: str,
     copies: Iterable[str],
@@ -85,6 +90,11 @@ def rebuilt(
 ) -> Specimen:
     """A member of the zoo with another structure, and with changes to its configuration if it has one."""
     held = specimen(name)
+    if config:
+        again = load_meta({**content(name), **config})
+        traced = trace(again.model, (), again.inputs)
+        given = dict(zip(traced.inputs, held.inputs.values(), strict=True))
+        return Specimen(name, traced, again.buffers(), given, Gauge(traced))
     if name in HOSTILE:
         torch.manual_seed(0)
         module, args = HOSTILE[name]()
@@ -171,12 +181,17 @@ def move(name: str, *moves: Any, seed: int = 0, start: Mapping[str, Tensor] | No
     def retrace(so_far: Rewrite) -> Gauge:
         return rebuilt(name, tuple(so_far.copies), so_far.patches, so_far.config).gauge
 
-    def unscaled(so_far: Rewrite) -> tuple[Mapping[str, Any], Mapping[str, float]]:
-        return unscaled_config({**CONFIGS[name]().to_dict(), **so_far.config})
+    def config(so_far: Rewrite) -> dict[str, Any]:
+        return {**content(name), **so_far.config}
 
-    unscale = unscaled if name in CONFIGS else None
     plan, state, _ = make_plan(
-        held.gauge, parse_recipe({"moves": list(moves)}), seed, view, None, None, retrace, unscale
+        held.gauge,
+        parse_recipe({"moves": list(moves)}),
+        seed,
+        view,
+        retrace=retrace,
+        config=config if name in CONFIGS else None,
+        unscale_config=unscaled_config if name in CONFIGS else None,
     )
     if plan.patches or plan.config:
         changed = rebuilt(name, tuple(plan.copies), plan.patches, plan.config)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from regauge.moves.base import Change, Move, Option, Preserves, Scene, State, Used
 from regauge.moves.batchnorm import FOLD_BATCHNORM
 from regauge.moves.branch import FOLD_LAYER_SCALE
+from regauge.moves.depth import INSERT_LAYERS
 from regauge.moves.embedding import FOLD_EMBEDDING_SCALE
 from regauge.moves.entries import PERMUTE, RESCALE
 from regauge.moves.fold import DROP_KEY_BIAS, FOLD_SCALES, FOLD_SHIFTS, FOLD_VALUE_BIAS
@@ -32,6 +33,7 @@ _ALL = (
     PERMUTE,
     BALANCE_HEADS,
     GROW,
+    INSERT_LAYERS,
 )
 
 MOVES: Mapping[str, Move] = {move.name: move for move in _ALL}

@@ -67,6 +67,7 @@ class Scene:
         untie_config: changes to the configuration that untie, when asked for; None for plain modules.
         trial: how the model can be rebuilt in other sizes; None where it cannot.
         unscale_config: see :func:`regauge.embedding_scale.unscaled_config`; None for plain modules.
+        config: content of ``config.json`` as the moves so far leave it; None for plain modules.
     """
 
     gauge: Gauge
@@ -76,6 +77,7 @@ class Scene:
     untie_config: Callable[[], Mapping[str, Any]] | None = None
     trial: Trial | None = None
     unscale_config: Callable[[], tuple[Mapping[str, Any], Mapping[str, float]]] | None = None
+    config: Callable[[], Mapping[str, Any]] | None = None
 
     @property
     def atlas(self) -> Atlas:
@@ -118,8 +120,10 @@ class Change:
 
     Attributes:
         state: how far the moves have come then.
-        retrace: the configuration changes the graph.
+        retrace: the configuration gives another graph, or other parameters, and is to be traced anew.
         refits: parameters that change their shape, after their ``steps``.
+        takes: parameter -> parameter before the move whose value it takes, with all that earlier moves did
+            to it; all at once, so that layers can change places. ``steps``, ``made`` come after.
     """
 
     steps: Mapping[str, tuple[Step, ...]] = field(default_factory=dict)
@@ -132,6 +136,7 @@ class Change:
     used: tuple[Used, ...] = ()
     patches: tuple[Mapping[str, Any], ...] = ()
     retrace: bool = False
+    takes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
