@@ -17,11 +17,12 @@ from torch import fx
 
 from regauge.errors import Refused, TraceError
 from regauge.facts import Law, Pointwise, Remap
-from regauge.growing.fit import Fit, Trial, replaced
+from regauge.growing.fit import Fit, replaced
 from regauge.growing.reach import Follower, Reach, Side
 from regauge.growing.roles import Role, key_product, key_sides, norms
 from regauge.growing.same import changed_constants
 from regauge.growing.scales import check_scales, factor_of_mean
+from regauge.growing.trial import Trial
 from regauge.interpret import op_name
 from regauge.patches import Patch
 from regauge.solve.layout import Layout
