@@ -230,7 +230,7 @@ HOOKS: dict[str, Any] = {
 
 
 def replace_parameter(model: nn.Module, path: str, shape: Any) -> None:
-    """Another shape for one parameter, under all its names, of modules that are otherwise left as they are."""
+    """Another shape for one parameter, under all its names; the modules are otherwise left as they are."""
     parent, _, leaf = path.rpartition(".")
     owner = dict(model.named_modules()).get(parent)
     old = None if owner is None else dict(owner.named_parameters(recurse=False)).get(leaf)

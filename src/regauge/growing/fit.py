@@ -173,7 +173,7 @@ def resized(module: Replaceable, trace: Trace, wanted: Shapes) -> Patch | None:
 
     patch = dict(module.patch)
     kind = patch["module"]
-    if module.weight is None:
+    if module.weight is None or module.chart:
         return None
     if kind == "linear":
         rows, columns = shape(module.weight)
