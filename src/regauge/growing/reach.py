@@ -230,6 +230,9 @@ class _Relation:
             node=f"{self.fact.node} in {self.fact.module or 'the model'}",
             expected="operations that treat its indices one by one, and sums",
             found=self.fact.op or type(self.fact).__name__,
+            way_out="make RMSNorms of LayerNorms first, with center:norm=rms, where that exists"
+            if isinstance(self.fact, Center)
+            else None,
         )
 
 
