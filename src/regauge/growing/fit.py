@@ -6,18 +6,20 @@ grows are changed, a few at a time; what the model then is decides whether the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import itertools
+import logging
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from regauge.discover import Gauge
 from regauge.errors import BadInput, Refused, TraceError
-from regauge.growing.configs import configurations
-from regauge.growing.trial import MOST_TRIALS, Key, Shapes, Trial, choices
+from regauge.growing.settings import MOST_TRIALS, by_config, choices
+from regauge.growing.tables import kept_buffers, longer_buffers
+from regauge.growing.trial import Shapes, Trial, with_patches
 from regauge.modeling_regauge import KEEPS
-from regauge.patches import Patch, Replaceable, replaceable
+from regauge.patches import Patch, Replaceable, merged, replaceable
 from regauge.trace import Trace
 
 
@@ -58,22 +60,24 @@ def fitted(
         Refused: neither a configuration nor a replacement of modules gives it.
     """
     reasons: list[str] = []
-    found = ((config, ()) for config in configurations(trial, trace, wanted, sizes))
-    for candidates in (found, _by_patches(trial, trace, wanted, sizes)):
-        for config, patches in candidates:
-            try:
+    carried = longer_buffers(trial.patches, lengths)
+    first, trial = trial, with_patches(trial, carried)
+    by_patches = _by_patches(trial, trace, wanted, sizes)
+    for config, patches in itertools.chain(by_config(trial, trace, wanted, sizes), by_patches):
+        try:
+            with _unlogged():
                 gauge = trial.gauge(config, patches)
-            except (TraceError, Refused, BadInput) as error:
-                reasons.append(error.found or error.message)
-                continue
-            if not accept(gauge, patches):
-                reasons.append("a model of these shapes that computes something else")
-                continue
-            kept = _kept_buffers(trial, trace, gauge.trace, config, patches, lengths)
-            if kept is None:
-                reasons.append("a model of these shapes with other constants in its buffers")
-                continue
-            return Fit(config, (*patches, *kept), gauge)
+        except (TraceError, Refused, BadInput) as error:
+            reasons.append(error.found or error.message)
+            continue
+        if not accept(gauge, patches):
+            reasons.append("a model of these shapes that computes something else")
+            continue
+        kept = kept_buffers(first, trial, trace, gauge.trace, config, patches, lengths)
+        if kept is None:
+            reasons.append("a model of these shapes with other constants in its buffers")
+            continue
+        return Fit(config, merged((*carried, *patches), kept), gauge)
     raise Refused(
         "neither a configuration of this architecture nor replaced modules have the shapes asked for",
         parameter=next(iter(wanted)),
@@ -84,39 +88,25 @@ def fitted(
     )
 
 
-def _kept_buffers(
-    trial: Trial,
-    old: Trace,
-    new: Trace,
-    config: Mapping[str, Any],
-    patches: Sequence[Patch],
-    lengths: Mapping[int, int],
-) -> tuple[Patch, ...] | None:
-    """Patches after which every buffer that is used holds what it held, new entries after the old.
+@contextmanager
+def _unlogged() -> Generator[None]:
+    """No log lines of torch from models that turn out not to run."""
+    logger = logging.getLogger("torch")
+    before = logger.level
+    held = [(child, child.level) for child in _children(logger)]
+    for child, _ in (*held, (logger, before)):
+        child.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for child, level in (*held, (logger, before)):
+            child.setLevel(level)
 
-    New entries go on from the last two as a geometric sequence does (rotary frequencies are one). None if a
-    buffer changed in another way.
-    """
-    (_, before), (_, after) = trial.build({}, ()), trial.build(config, patches)
-    values: dict[str, dict[str, list[float]]] = {}
-    for name in dict.fromkeys((*old.buffers.values(), *new.buffers.values())):
-        a, b = before.get(name), after.get(name)
-        if a is None or b is None:
-            return None
-        if a.shape == b.shape and torch.equal(a, b):
-            continue
-        path, _, leaf = name.rpartition(".")
-        if a.shape == b.shape and a.dim() == 0 and a.is_floating_point():
-            values.setdefault(path, {})[leaf] = [float(a)]
-            continue
-        if a.dim() != 1 or not a.is_floating_point() or lengths.get(len(a)) != len(b) or len(a) < 2:
-            return None
-        more = a[-1].double() * (a[-1].double() / a[-2].double()) ** torch.arange(1, len(b) - len(a) + 1)
-        values.setdefault(path, {})[leaf] = torch.cat([a, more.to(a.dtype)]).tolist()
-        for other, held in before.items():  # copies that the module keeps beside it
-            if other != name and other.rpartition(".")[0] == path and torch.equal(held, a):
-                values[path][other.rpartition(".")[2]] = values[path][leaf]
-    return tuple({"path": path, "module": "buffers", "values": held} for path, held in values.items())
+
+def _children(logger: logging.Logger) -> list[logging.Logger]:
+    """Every logger below this one that has a level of its own."""
+    below = (held for name, held in logger.manager.loggerDict.items() if name.startswith(f"{logger.name}."))
+    return [held for held in below if isinstance(held, logging.Logger) and held.level]
 
 
 def replaced(patches: Iterable[Patch]) -> frozenset[str]:
@@ -140,7 +130,7 @@ def _by_patches(
     yield {}, base
     model, _ = trial.build({}, ())
     inside = {path for owner in ours for path in _above(owner)}
-    held: dict[Key, list[tuple[str, int]]] = {}
+    held: dict[tuple[str, str], list[tuple[str, int]]] = {}
     for path, module in model.named_modules():
         if path in inside and path not in ours:
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -148,7 +138,7 @@ def _by_patches(
                 if type(value) is int and value in sizes and not attribute.startswith("_"):
                     held.setdefault((kind, attribute), []).append((path, value))
     options = {key: sorted({m for _, n in places for m in sizes[n]}) for key, places in held.items()}
-    for tried, chosen in enumerate(choices(options)):
+    for tried, chosen in enumerate(choices(options, None, range(1, len(options) + 1))):
         if tried > MOST_TRIALS // 4:
             return
         values: dict[str, dict[str, int]] = {}

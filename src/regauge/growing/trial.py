@@ -1,9 +1,8 @@
-"""How the model of a plan can be rebuilt in other sizes, without weights."""
+"""How a model can be rebuilt in other sizes, to see what it then is."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,12 +10,13 @@ import torch
 from torch import nn
 
 from regauge.discover import Gauge
+from regauge.errors import RegaugeError
+from regauge.modeling_regauge import KEY
 from regauge.patches import Patch, merged
 from regauge.plan import Rewrite
+from regauge.trace import Trace
 
-MOST_TRIALS = 96
 Shapes = Mapping[str, tuple[int, ...]]
-Key = tuple[str, ...]
 Buffers = Mapping[str, torch.Tensor]
 
 
@@ -30,12 +30,14 @@ class Trial:
         build: (changes to the top level of the config, patches) -> the model without weights, and the
             values of its buffers.
         gauge: the same -> its gauge.
+        patches: what replaces modules so far.
     """
 
     config: Mapping[str, Any] | None
     resolved: Mapping[str, Any]
     build: Callable[[Mapping[str, Any], Sequence[Patch]], tuple[nn.Module, Buffers]]
     gauge: Callable[[Mapping[str, Any], Sequence[Patch]], Gauge]
+    patches: Sequence[Patch] = ()
 
 
 def trial_of(
@@ -55,12 +57,36 @@ def trial_of(
         resolved or {},
         lambda changes, patches: build(further(changes, patches)),
         lambda changes, patches: gauge(further(changes, patches)),
+        merged((config or {}).get(KEY, {}).get("patches", ()), plan.patches),
     )
 
 
-def choices(options: Mapping[Key, Sequence[int]]) -> Iterator[dict[Key, int]]:
-    """Every choice of some of the entries, each with one of its values; few entries first."""
-    for count in range(1, len(options) + 1):
-        for keys in itertools.combinations(options, count):
-            for values in itertools.product(*(options[key] for key in keys)):
-                yield dict(zip(keys, values, strict=True))
+def with_patches(trial: Trial, patches: Sequence[Patch]) -> Trial:
+    """A trial with these patches in place."""
+
+    def build(config: Mapping[str, Any], more: Sequence[Patch]) -> tuple[nn.Module, Buffers]:
+        return trial.build(config, (*patches, *more))
+
+    def gauge(config: Mapping[str, Any], more: Sequence[Patch]) -> Gauge:
+        return trial.gauge(config, (*patches, *more))
+
+    return replace(trial, build=build, gauge=gauge)
+
+
+def built(trial: Trial, config: Mapping[str, Any], patches: Sequence[Patch], trace: Trace) -> Shapes | None:
+    """Shapes of the parameters of a rebuilt model; None if it cannot be built."""
+    try:
+        model, _ = trial.build(config, patches)
+    except (RegaugeError, ValueError, TypeError, RuntimeError, AttributeError, ZeroDivisionError):
+        return None
+    found = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    return found | {name: tuple(b.shape) for name, b in model.named_buffers() if name in trace.canonical}
+
+
+def expected(trace: Trace, wanted: Shapes) -> tuple[Shapes, Shapes]:
+    """Shapes of every parameter as it is, and as it is to be."""
+    before = {alias: tuple(shape) for name, shape in trace.shapes.items() for alias in trace.aliases[name]}
+    after = dict(before)
+    for name, shape in wanted.items():
+        after |= dict.fromkeys(trace.aliases.get(name, (name,)), shape)
+    return before, after
