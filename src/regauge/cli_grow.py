@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -46,6 +46,14 @@ Values = Annotated[
 Channels = Annotated[
     str | None, typer.Option("--channels", metavar="N", help="Channels between two convolutions.")
 ]
+Layers = Annotated[
+    str | None,
+    typer.Option("--layers", metavar="N", help="Layers; each new one starts as a copy that adds nothing."),
+]
+Stack = Annotated[
+    str | None,
+    typer.Option("--stack", metavar="PATH", help="With --layers: which list of them, if there are several."),
+]
 
 
 def grow(
@@ -58,6 +66,8 @@ def grow(
     keys: Keys = None,
     values: Values = None,
     channels: Channels = None,
+    layers: Layers = None,
+    stack: Stack = None,
     new: Annotated[
         New,
         typer.Option("--new", help="New entries: pairs that cancel, zeros, or shares of old ones."),
@@ -87,6 +97,7 @@ def grow(
       regauge grow ./llama ./larger --neurons 16384 --heads +2
       regauge grow packaged:gemma-3-270m ./larger --width 768
       regauge grow ./gpt2 ./larger --neurons +512 --new split
+      regauge grow ./whisper ./larger --layers 6 --stack model.decoder.layers
     """
     sizes = {
         "neurons": neurons,
@@ -101,15 +112,21 @@ def grow(
         from regauge.recipe import parse_recipe
 
         given = {name: size for name, size in sizes.items() if size is not None}
-        if not given:
+        if not given and layers is None:
             raise RecipeError(
                 "say what is to grow",
                 expected="a size, such as --neurons +512",
                 found="none",
                 way_out="`regauge grow --help` lists what can grow",
             )
-        where_to = {} if where is None else {"where": where}
-        move = {"name": "grow", **given, "new": new.value, "noise": noise, **where_to}
-        write_and_show(
-            source, out, parse_recipe({"moves": [move]}), dtype, seed, max_memory, text, as_json=json
-        )
+        moves: list[dict[str, Any]] = []
+        if layers is not None:
+            moves.append({"name": "insert-layers", "layers": layers, **_set(stack=stack)})
+        if given:
+            moves.append({"name": "grow", **given, "new": new.value, "noise": noise, **_set(where=where)})
+        plan = parse_recipe({"moves": moves})
+        write_and_show(source, out, plan, dtype, seed, max_memory, text, as_json=json)
+
+
+def _set(**options: str | None) -> dict[str, str]:
+    return {name: value for name, value in options.items() if value is not None}
