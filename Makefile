@@ -20,7 +20,7 @@ demo: $(STAMP)
 	$(BIN)/regauge demo $(if $(OUT),--out $(OUT))
 
 test: check
-	$(BIN)/python -m pytest --cov=regauge --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov=regauge --cov-report=term
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -115,7 +115,7 @@ def _shape(axes: tuple[GrownAxis, ...]) -> tuple[int, ...]:
 
 def _chosen(follower: Follower, layout: Layout, options: Mapping[str, Any]) -> list[Growing]:
     """Every index set with a role whose size was asked for."""
-    wanted = {role: str(options[role]) for role in ROLES if options[role] is not None}
+    wanted = {role: str(options[role]) for role in ROLES if options[role]}
     if not wanted:
         raise RecipeError("nothing is to grow", expected=" or ".join(ROLES), found="no size")
     atoms = dict.fromkeys(
@@ -157,8 +157,8 @@ def _reason(role: Role, refusals: Sequence[Refused]) -> Refused | None:
     return next(iter((*(means if role is Role.RESIDUAL else ()), *refusals)), None)
 
 
-def _matches(reach: Reach, pattern: str | None) -> bool:
-    return pattern is None or any(fnmatch.fnmatchcase(name, pattern) for name, _, _ in reach.sides)
+def _matches(reach: Reach, pattern: str) -> bool:
+    return not pattern or any(fnmatch.fnmatchcase(name, pattern) for name, _, _ in reach.sides)
 
 
 def _sizes(text: str, role: Role, held: list[Reach]) -> list[tuple[Reach, int]]:
@@ -221,8 +221,8 @@ GROW = Move(
     Preserves.OUTPUT,
     plan_grow,
     {
-        **{role.value: Option(str, None, f"{text}: a number, or +N") for role, text in ROLES.items()},
-        "where": Option(str, None, "only index sets with a parameter whose name matches, as layers.3.*"),
+        **{role.value: Option(str, "", f"{text}: a number, or +N") for role, text in ROLES.items()},
+        "where": Option(str, "", "only index sets with a parameter whose name matches, as layers.3.*"),
         "new": Option(str, "pairs", "what the new entries hold", tuple(New)),
         "noise": Option(float, 0.5, "split: how unequal the shares are, 0 to below 1"),
     },
