@@ -131,6 +131,18 @@ def test_a_grown_directory_is_a_source(tmp_path: Path) -> None:
     assert distance(outputs(model, source), outputs(again, source)) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["gpt2", "opt", "neox"])
+def test_a_layer_norm_stream_grows_once_its_norms_are_rms(name: str, tmp_path: Path) -> None:
+    model = model_of(name)
+    before = ["untie"] if name != "neox" else []
+    moves = [*before, {"name": "center", "norm": "rms"}, {"name": "grow", "residual": "32"}]
+    source, out, result = go(model, tmp_path, moves)
+    assert result.certificate.evidence.exact.relative < 1e-14
+    again = load(out).eval()
+    assert again.get_input_embeddings().weight.shape[1] == 32
+    assert distance(outputs(model, source), outputs(again, source)) < 1e-5
+
+
 def test_training_goes_on_from_the_loss_it_had(tmp_path: Path) -> None:
     """A small Llama learns a sequence, grows in every direction, has the same loss, and learns on."""
     import transformers
