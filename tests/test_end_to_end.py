@@ -20,11 +20,11 @@ CAUSAL = ("llama", "llama-tied", "qwen2", "qwen3", "gpt2", "opt", "neox")
 FULL = ("fold-scales", {"name": "rotate", "space": "all"}, "permute", "rescale")
 
 
-def build(name: str) -> Any:
+def build(name: str, config: Any = None) -> Any:
     """A model of transformers with weights like trained ones: gains and biases far from one and zero."""
     import transformers
 
-    config = CONFIGS[name]()
+    config = CONFIGS[name]() if config is None else config
     torch.manual_seed(0)
     model = getattr(transformers, config.architectures[0])(config).eval()
     with torch.no_grad():

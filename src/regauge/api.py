@@ -14,7 +14,7 @@ from regauge.certify import Certificate, certify_modules
 from regauge.cuts import check_cuts
 from regauge.discover import Gauge, discover
 from regauge.errors import BadInput, NotEquivalent
-from regauge.growing.fit import Trial, trial_of
+from regauge.growing.trial import Trial, trial_of
 from regauge.hf import load_config, model_class_of
 from regauge.modeling_regauge import KEEPS, PatchError
 from regauge.patches import restructured

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from regauge.errors import BadInput, Refused, RegaugeError
+from regauge.errors import Refused, RegaugeError
 from regauge.hf import HFModel, load_config, load_meta
 from regauge.interpret import interpret
 from regauge.layers import Stack, find_stacks
@@ -75,7 +75,6 @@ def resized(content: Mapping[str, Any], walk: Walk, stack: Stack, sources: Seque
             or trial.nearest,
         )
     edits, (walk_new, stack_new) = found[0]
-    edits = trial.with_followers(edits)
     return Resized(stack_new, walk_new, _changes(content, edits), trial.takes)
 
 
@@ -195,26 +194,6 @@ class _Trial:
                 return f"the buffer {name}"
         return ""
 
-    def with_followers(self, edits: dict[Path, Any]) -> dict[Path, Any]:
-        """Also numbers that the configuration computes from the one changed, where they are stored too."""
-        key = next(path for path, value in edits.items() if value == self.wanted and type(value) is int)
-        stored = [
-            p for p, v in _leaves(self.content) if type(v) is int and v == self.count and p not in edits
-        ]
-        more = dict(edits)
-        for path in stored:
-            follows = True
-            for count in (self.wanted, self.wanted + 1):
-                content = {**self.content, **_changes(self.content, {**edits, key: count})}
-                try:
-                    full = load_config(_without(content, path)).to_dict()
-                    follows = follows and _at(full, path) == count
-                except (BadInput, KeyError, TypeError):
-                    follows = False
-            if follows and self._attempt(path, {**more, path: self.wanted})[1] is not None:
-                more[path] = self.wanted
-        return more
-
 
 def _shapes(held: HFModel) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in held.model.state_dict(keep_vars=True).items()}
@@ -258,9 +237,3 @@ def _changes(content: Mapping[str, Any], edits: Mapping[Path, Any]) -> dict[str,
             place = place.setdefault(key, {})
         place[path[-1]] = value
     return changed
-
-
-def _without(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    result = copy.deepcopy(dict(content))
-    _at(result, path[:-1]).pop(path[-1])
-    return result

@@ -230,7 +230,7 @@ HOOKS: dict[str, Any] = {
 
 
 def replace_parameter(model: nn.Module, path: str, shape: Any) -> None:
-    """Another shape for one parameter of a module that is otherwise left as it is."""
+    """Another shape for one parameter, under all its names; the modules are otherwise left as they are."""
     parent, _, leaf = path.rpartition(".")
     owner = dict(model.named_modules()).get(parent)
     old = None if owner is None else dict(owner.named_parameters(recurse=False)).get(leaf)
@@ -240,9 +240,13 @@ def replace_parameter(model: nn.Module, path: str, shape: Any) -> None:
         new = torch.zeros(tuple(shape), device=old.device, dtype=old.dtype)
     except (TypeError, RuntimeError) as error:
         raise PatchError(f"{path}: {error}") from error
-    setattr(owner, leaf, nn.Parameter(new, requires_grad=old.requires_grad))
-    if isinstance(owner, nn.Embedding):
-        owner.num_embeddings, owner.embedding_dim = new.shape
+    changed = nn.Parameter(new, requires_grad=old.requires_grad)
+    for module in model.modules():
+        for name, held in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if held is old:
+                setattr(module, name, changed)
+                if isinstance(module, nn.Embedding):
+                    module.num_embeddings, module.embedding_dim = new.shape
 
 
 def set_attributes(module: nn.Module, values: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from regauge.cuts import CUTS
 from regauge.discover import Gauge
 from regauge.errors import Refused, TraceError
-from regauge.growing.fit import Trial
+from regauge.growing.trial import Trial
 from regauge.moves import MOVES, Change, Scene, State
 from regauge.patches import merged, replaceable
 from regauge.plan import Made, Rewrite

@@ -23,7 +23,7 @@ from regauge.cuts import check_cuts, measured
 from regauge.discover import Gauge
 from regauge.embedding_scale import unscaled_config
 from regauge.errors import CheckpointError, NotEquivalent, RegaugeError
-from regauge.growing.fit import Trial, trial_of
+from regauge.growing.trial import Trial, trial_of
 from regauge.hf import (
     HFModel,
     checkpoint_names,

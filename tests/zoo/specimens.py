@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regauge.atlas import Atlas
 from regauge.certify.run import run
 from regauge.discover import Gauge, discover
 from regauge.embedding_scale import unscaled_config
-from regauge.hf import load_meta
+from regauge.growing.trial import Trial, trial_of
+from regauge.hf import load_meta, patched_config
 from regauge.moves import State
 from regauge.patches import restructured
 from regauge.plan import Rewrite
@@ -82,28 +83,41 @@ def content(name: str) -> dict[str, Any]:
     return CONFIGS[name]().to_dict()
 
 
-def rebuilt(
-    name: str,
-    copies: Iterable[str],
-    patches: Sequence[Mapping[str, Any]],
-    config: Mapping[str, Any] | None = None,
-) -> Specimen:
-    """A member of the zoo with another structure, and with changes to its configuration if it has one."""
-    held = specimen(name)
-    if config:
-        again = load_meta({**content(name), **config})
-        traced = trace(again.model, (), again.inputs)
-        given = dict(zip(traced.inputs, held.inputs.values(), strict=True))
-        return Specimen(name, traced, again.buffers(), given, Gauge(traced))
+def restructured_as(name: str, plan: Rewrite) -> tuple[nn.Module, Mapping[str, Tensor], Mapping[str, Any]]:
+    """A member of the zoo with the structure of a plan: module, values of its buffers, example inputs."""
     if name in HOSTILE:
         torch.manual_seed(0)
         module, args = HOSTILE[name]()
-        traced = trace(restructured(module, copies, patches), args)
-    else:
-        found = load_meta({**CONFIGS[name]().to_dict(), **(config or {})})
-        traced = trace(restructured(found.model, copies, patches), (), found.inputs)
+        changed = restructured(module, plan.copies, plan.patches)
+        inputs = dict(zip(specimen(name).trace.inputs, args, strict=True))
+        return changed, dict(changed.named_buffers(remove_duplicate=False)), inputs
+    held = {**content(name), **plan.config}
+    if plan.patches:
+        held |= patched_config(held, plan.patches)
+    found = load_meta(held)
+    return restructured(found.model, plan.copies, ()), found.buffers(), found.inputs
+
+
+def rebuilt(name: str, plan: Rewrite) -> Specimen:
+    """A member of the zoo with the structure of a plan, traced."""
+    held = specimen(name)
+    changed, buffers, inputs = restructured_as(name, plan)
+    args = tuple(inputs.values()) if name in HOSTILE else ()
+    traced = trace(changed, args, {} if name in HOSTILE else dict(inputs))
     inputs = dict(zip(traced.inputs, held.inputs.values(), strict=True))
-    return Specimen(name, traced, held.buffers, inputs, Gauge(traced))
+    return Specimen(name, traced, buffers, inputs, Gauge(traced))
+
+
+def trial(name: str, plan: Rewrite) -> Trial:
+    """How a member of the zoo is rebuilt in other sizes, going on from a plan."""
+    config = None if name in HOSTILE else {**content(name), **plan.config}
+    return trial_of(
+        plan,
+        lambda so_far: restructured_as(name, so_far)[:2],
+        lambda so_far: rebuilt(name, so_far).gauge,
+        config,
+        config,
+    )
 
 
 class Bench:
@@ -178,9 +192,6 @@ def move(name: str, *moves: Any, seed: int = 0, start: Mapping[str, Tensor] | No
     def view(so_far: Rewrite) -> Callable[[str], Tensor]:
         return lambda wanted: carry_out(begin, so_far, [wanted])[wanted]
 
-    def retrace(so_far: Rewrite) -> Gauge:
-        return rebuilt(name, tuple(so_far.copies), so_far.patches, so_far.config).gauge
-
     def config(so_far: Rewrite) -> dict[str, Any]:
         return {**content(name), **so_far.config}
 
@@ -189,12 +200,13 @@ def move(name: str, *moves: Any, seed: int = 0, start: Mapping[str, Tensor] | No
         parse_recipe({"moves": list(moves)}),
         seed,
         view,
-        retrace=retrace,
+        retrace=lambda so_far: rebuilt(name, so_far).gauge,
         config=config if name in CONFIGS else None,
+        trial=lambda so_far: trial(name, so_far),
         unscale_config=unscaled_config if name in CONFIGS else None,
     )
     if plan.patches or plan.config:
-        changed = rebuilt(name, tuple(plan.copies), plan.patches, plan.config)
+        changed = rebuilt(name, plan)
         bench = Bench(changed, state.untied)
         return Moved(plan, state, carry_out(begin, plan, bench.trace.shapes), bench)
     names = alias if state.untied else held.trace.shapes

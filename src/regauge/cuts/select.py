@@ -50,7 +50,7 @@ def selected(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 def plan_select(scene: Scene, options: Mapping[str, Any]) -> Change:
     """Layers 0 … N−1; in every tensor y[i, j, …] = x[k(i), l(j), …], k the same for axes of the same sizes.
 
-    Source: Xu et al., Initializing Models with Larger Ones (arXiv 2311.18823, section 3.2).
+    Source: Xu et al., Initializing Models with Larger Ones (arXiv 2311.18823, uniform selection).
     """
     if bool(options["layers"]) == bool(options["config"]):
         raise BadInput(

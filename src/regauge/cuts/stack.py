@@ -17,7 +17,7 @@ from regauge.moves.depth import configuration, depth_change, wanted
 def plan_stack(scene: Scene, options: Mapping[str, Any]) -> Change:
     """Layer s of the result is layer s mod L, s = 0 … g·L − 1; what is around the layers stays.
 
-    Source: Du et al., Stacking Your Transformers (arXiv 2405.15319, section 3.1, G_stack).
+    Source: Du et al., Stacking Your Transformers (arXiv 2405.15319, G_stack).
     """
     content, times = configuration(scene), wanted(options["times"], 1)
     if times < 2:

@@ -17,11 +17,12 @@ from torch import fx
 
 from regauge.errors import Refused, TraceError
 from regauge.facts import Law, Pointwise, Remap
-from regauge.growing.fit import Fit, Trial, replaced
+from regauge.growing.fit import Fit, replaced
 from regauge.growing.reach import Follower, Reach, Side
 from regauge.growing.roles import Role, key_product, key_sides, norms
 from regauge.growing.same import changed_constants
 from regauge.growing.scales import check_scales, factor_of_mean
+from regauge.growing.trial import Trial
 from regauge.interpret import op_name
 from regauge.patches import Patch
 from regauge.solve.layout import Layout
@@ -55,34 +56,42 @@ def corrected(
     Raises:
         Refused: a constant changes that nothing takes back, or an eps cannot be set.
     """
-    factors: dict[Side, float] = {}
+    gains: dict[Side, float] = {}
     means: dict[int, float] = {}
     eps: dict[str, float] = {}
     for item in chosen:
+        for s in item.reach.sums:
+            if factor := factor_of_mean(s, item.reach.size, item.size):
+                means[id(s.fact)] = factor
         if item.role is not Role.RESIDUAL:
             continue
-        for s in norms(item.reach):
-            means[id(s.fact)] = factor_of_mean(s, item.reach.size, item.size)
-            if means[id(s.fact)]:
-                eps |= dict.fromkeys(_added(layout, s.fact), item.reach.size / item.size)
-        factors |= dict.fromkeys(item.reach.gains, math.sqrt(item.reach.size / item.size))
+        meant = [s.fact for s in norms(item.reach) if id(s.fact) in means]
+        for fact in meant:
+            eps |= dict.fromkeys(_added(layout, fact), item.reach.size / item.size)
+        if meant:
+            gains |= dict.fromkeys(item.reach.gains, math.sqrt(item.reach.size / item.size))
     if eps:
         fit = _with_eps(trial, fit, trace, eps)
     constants = {node: ratio for node, ratio in eps.items() if _path(trace, node) in replaced(fit.patches)}
     keys = [item for item in chosen if item.role is Role.KEYS]
+    taken_back: dict[Side, float] = {}
     for node, numbers in changed_constants(trace, fit.gauge.trace, replaced(fit.patches)).items():
         if len(numbers) != 1 or not all(numbers[0]):
             raise _changes(node, numbers)
         old, new = (float(number) for number in numbers[0])
+        if node in eps:
+            constants[node] = new / old
+            continue
+        effect = _effect(trace, node, old, new)
         mine = [item for item in keys if _scales(trace, node, key_product(item.reach).fact.node)]
         if mine:
-            factors |= dict.fromkeys(key_sides(Follower(layout), mine[0].reach), old / new)
+            taken_back |= dict.fromkeys(key_sides(Follower(layout), mine[0].reach), 1 / effect)
         else:
-            constants[node] = new / old
+            constants[node] = effect
     if means or constants:
-        parameters = {name: factor for (name, _, _), factor in factors.items() if means}
+        parameters = {name: factor for (name, _, _), factor in gains.items()}
         check_scales(layout.facts, parameters, means, constants)
-    return fit, factors
+    return fit, {**gains, **taken_back}
 
 
 def _added(layout: Layout, fact: Any) -> list[str]:
@@ -181,6 +190,21 @@ def _scales(trace: Trace, name: str, product: str) -> bool:
     node = next(node for node in trace.graph.nodes if node.name == name)
     inputs = [held.name for held in node.all_input_nodes]
     return name == product or (op_name(node) in ("aten.mul", "aten.div") and inputs == [product])
+
+
+def _effect(trace: Trace, name: str, old: float, new: float) -> float:
+    """The factor on the result of a product or a quotient when a number in it changes."""
+    node = next(node for node in trace.graph.nodes if node.name == name)
+    kind = op_name(node)
+    if kind == "aten.div" and isinstance(node.args[0], fx.Node) and not _constant(trace, node.args[0]):
+        return old / new
+    if kind == "aten.mul" or kind.startswith("aten.scaled_dot_product"):
+        return new / old
+    raise _changes(name, [(old, new)])
+
+
+def _constant(trace: Trace, node: fx.Node) -> bool:
+    return node.name in trace.constants
 
 
 def _changes(node: str, numbers: Sequence[tuple[Any, Any]]) -> Refused:

@@ -86,25 +86,47 @@ def grown(
         seed: of what is drawn: normal with the standard deviation of ``old``, or for vectors their mean.
     """
     old = old.to(torch.float64) + chart
-    shape = [axis.size for axis in axes]
-    if old.dim() > 1:
-        random = torch.Generator().manual_seed(seed)
-        value = torch.randn(shape, generator=random, dtype=torch.float64) * old.std()
-    else:
-        value = old.mean().expand(shape).clone()
+    factors = [_factor(number, axis, fills, silent, scales) for number, axis in enumerate(axes)]
+    value = torch.zeros([axis.size for axis in axes], dtype=torch.float64)
+    random = torch.Generator().manual_seed(seed)
+    level, spread = (old.mean(), 0.0) if old.dim() < 2 else (0.0, float(old.std()))
+    for number, axis in enumerate(axes):
+        fresh = torch.ones(axis.size, dtype=torch.bool)
+        fresh[axis.old] = False
+        places = fresh.nonzero().flatten()
+        if not len(places) or not bool(factors[number][places].any()):
+            continue
+        shape = [len(places) if d == number else n for d, n in enumerate(value.shape)]
+        drawn = torch.randn(shape, generator=random, dtype=torch.float64) * spread + level
+        value.index_copy_(number, places, drawn)
     value[torch.meshgrid(*[axis.old for axis in axes], indexing="ij")] = old
     for number, axis in enumerate(axes):
         origin = torch.arange(axis.size)
-        factor = torch.ones(axis.size, dtype=torch.float64)
         for (atom, offset), index in axis.index.items():
             inside = index >= 0
-            held = fills[atom]
-            origin[inside] += (held.source[index[inside]] - index[inside]) * axis.stride[atom, offset]
-            if (number, offset, atom) in silent:
-                factor[inside] *= held.weight[index[inside]]
-        for leaf in axis.leaves:
-            if (number, leaf.offset) in scales:
-                factor[positions(leaf)] *= scales[number, leaf.offset]
-        value = value.index_select(number, origin)
-        value = value * factor.reshape([-1 if d == number else 1 for d in range(value.dim())])
-    return value - chart
+            source = fills[atom].source[index[inside]]
+            origin[inside] += (source - index[inside]) * axis.stride[atom, offset]
+        if bool((origin != torch.arange(axis.size)).any()):
+            value = value.index_select(number, origin)
+        if bool((factors[number] != 1).any()):
+            value *= factors[number].reshape([-1 if d == number else 1 for d in range(value.dim())])
+    return value - chart if chart else value
+
+
+def _factor(
+    number: int,
+    axis: GrownAxis,
+    fills: Mapping[int, Fill],
+    silent: Sequence[tuple[int, int, int]],
+    scales: Mapping[tuple[int, int], float],
+) -> torch.Tensor:
+    """What multiplies the entries at each position of an axis."""
+    factor = torch.ones(axis.size, dtype=torch.float64)
+    for (atom, offset), index in axis.index.items():
+        if (number, offset, atom) in silent:
+            inside = index >= 0
+            factor[inside] *= fills[atom].weight[index[inside]]
+    for leaf in axis.leaves:
+        if (number, leaf.offset) in scales:
+            factor[positions(leaf)] *= scales[number, leaf.offset]
+    return factor

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from regauge.errors import Refused
-from regauge.facts import Contract, Fact, Law, Pointwise, Reduce, Remap, Rotary
+from regauge.facts import Center, Contract, Fact, Law, Pointwise, Reduce, Remap, Rotary
 from regauge.growing.passing import Relation, relations
 from regauge.solve.layout import Block, Layout, Occurrence
 
@@ -192,4 +192,7 @@ def _refuse(relation: Relation, reason: str) -> None:
         node=f"{relation.fact.node} in {relation.fact.module or 'the model'}",
         expected="operations that treat its indices one by one, and sums",
         found=relation.fact.op or type(relation.fact).__name__,
+        way_out="make RMSNorms of LayerNorms first, with center:norm=rms, where that exists"
+        if isinstance(relation.fact, Center)
+        else None,
     )

@@ -13,6 +13,7 @@ from regauge.interpret import op_name
 from regauge.solve.layout import Layout
 from regauge.trace import Trace, module_path
 
+_ARITHMETIC = frozenset(f"aten.{name}" for name in ("add", "sub", "rsub", "mul", "div", "pow"))
 Place = tuple[int, tuple[tuple[int, int], ...]]
 """Offset of a leaf, and size and stride of its factors."""
 
@@ -35,6 +36,9 @@ def same_but_for_sizes(
         replaced: paths of modules that were replaced by ones that compute the same.
     """
     if [_what(node) for node in _calls(old, replaced)] != [_what(node) for node in _calls(new, replaced)]:
+        return False
+    pairs = zip(_calls(old, replaced), _calls(new, replaced), strict=True)
+    if not all(_tables(a, old, b, new) for a, b in pairs):
         return False
     for (name, _), value in layout.facts.parameters.items():
         planned = axes.get(shared.get(name, name))
@@ -71,14 +75,30 @@ def _what(node: fx.Node) -> tuple[str, str]:
 
 
 def _numbers(node: fx.Node, trace: Trace) -> Iterator[float]:
-    """Floating-point arguments of an operation, and constants of one element."""
+    """Numbers that an operation computes with: arguments, constants of one element, and the scale that
+    attention takes from the size of a query where it is given none."""
+    name = op_name(node)
     for argument in (*node.args, *node.kwargs.values()):
-        if isinstance(argument, float):
-            yield argument
+        if isinstance(argument, float) or (type(argument) is int and name in _ARITHMETIC):
+            yield float(argument)
         elif isinstance(argument, fx.Node) and argument.name in trace.constants:
             held = trace.constants[argument.name]
             if held.numel() == 1 and held.is_floating_point() and held.device.type != "meta":
                 yield float(held.to(torch.float64))
+    if name.startswith("aten.scaled_dot_product") and node.kwargs.get("scale") is None:
+        query: Any = node.args[0]
+        yield query.meta["val"].shape[-1] ** -0.5
+
+
+def _tables(a: fx.Node, old: Trace, b: fx.Node, new: Trace) -> bool:
+    """Whether constants of several elements that kept their shape hold what they held."""
+    for x, y in zip(a.all_input_nodes, b.all_input_nodes, strict=False):
+        one, other = old.constants.get(x.name), new.constants.get(y.name)
+        if one is None or other is None or one.shape != other.shape or one.numel() == 1:
+            continue
+        if "meta" not in (one.device.type, other.device.type) and not torch.equal(one, other):
+            return False
+    return True
 
 
 def _grown(leaf: Leaf) -> Place:

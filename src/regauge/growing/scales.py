@@ -59,6 +59,13 @@ def check_scales(
     adds = {fact.node for fact in facts.facts if isinstance(fact, Pointwise) and fact.law is Law.SHIFT}
     added = {node: math.log(ratio) for node, ratio in constants.items() if node in adds}
     multiplied = {node: math.log(ratio) for node, ratio in constants.items() if node not in adds}
+    unknown = constants.keys() - {fact.node for fact in facts.facts}
+    if unknown:
+        raise Refused(
+            "a constant changes with the size where it is not known what that does",
+            node=min(unknown),
+            found="an operation on tensors that no parameter changes",
+        )
 
     def of(value: Value) -> float:
         return known.get(value.id, 0.0)

@@ -17,7 +17,7 @@ from regauge.atlas import Atlas, Generator, Kind, Space
 from regauge.discover import Gauge
 from regauge.elements import Element, residual
 from regauge.errors import Refused
-from regauge.growing.fit import Trial
+from regauge.growing.trial import Trial
 from regauge.plan import Made, Refit, Step
 from regauge.steps import ActStep
 from regauge.trace import Trace, untie

@@ -24,8 +24,8 @@ def plan_insert_layers(scene: Scene, options: Mapping[str, Any]) -> Change:
     g[o] = 0 instead (stored as −1 where it is read as 1 + g). Everything else in the layer is a copy of the
     layer before it, or drawn with its mean and standard deviation, and learns as soon as the writers move.
 
-    Source: Gesmundo and Maile, Composable Function-preserving Expansions (arXiv 2308.06103, section 3.6);
-    Wu et al., LLaMA Pro (arXiv 2401.02415, section 3.2).
+    Source: Gesmundo and Maile, Composable Function-preserving Expansions (arXiv 2308.06103, layer addition);
+    Wu et al., LLaMA Pro (arXiv 2401.02415, block expansion).
     """
     content = configuration(scene)
     walk = interpret(scene.trace)

@@ -79,7 +79,8 @@ def plan_grow(scene: Scene, options: Mapping[str, Any]) -> Change:
     fit, factors = corrected(scene.trial, fit, trace, layout, chosen)
     fills: dict[int, Fill] = {}
     for item in chosen:
-        kind = New.ZERO if item.role is Role.RESIDUAL else new
+        alone = item.role is Role.RESIDUAL or item.reach.turned  # turned pairs differ in frequency
+        kind = New.ZERO if alone else new
         fills[item.reach.atom] = fill(kind, item.reach.size, item.size, options["noise"], scene.random)
     charts = {name: chart for name, chart in layout.facts.parameters}
     refits: dict[str, Refit] = {}
@@ -137,15 +138,23 @@ def _chosen(follower: Follower, layout: Layout, options: Mapping[str, Any]) -> l
     chosen: list[Growing] = []
     for role, held in found.items():
         if not held:
+            reason = _reason(role, refusals)
             raise Refused(
                 f"there are no {role} here that can grow",
                 expected=ROLES[role],
-                found=refusals[0].message if refusals else "no such index set",
-                node=refusals[0].node if refusals else None,
+                found="no such index set" if reason is None else reason.message,
+                node=None if reason is None else reason.node,
+                way_out=None if reason is None else reason.way_out,
             )
         for reach, size in _sizes(wanted[role], role, held):
             chosen.append(Growing(reach, role, size, silent_sides(follower, reach)))
     return chosen
+
+
+def _reason(role: Role, refusals: Sequence[Refused]) -> Refused | None:
+    """What most likely kept an index set of this role from growing: a mean, for the residual stream."""
+    means = [refusal for refusal in refusals if refusal.way_out is not None]
+    return next(iter((*(means if role is Role.RESIDUAL else ()), *refusals)), None)
 
 
 def _matches(reach: Reach, pattern: str | None) -> bool:
