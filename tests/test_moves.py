@@ -30,17 +30,23 @@ ONCE = (
 """Moves to a normal form: doing them again changes nothing."""
 RANDOM = ("rotate", "permute", "grow")
 """Moves that draw: another seed gives another result."""
-OTHERS = ("rescale", "balance-heads", "insert-layers")
+OTHERS = ("rescale", "balance-heads", "insert-layers", "merge")
 
 NOT_CANONICAL = {
     "falcon": "its value width is split as rotary splits the fused projection: two permutations cross",
 }
 
-TRACED = {"insert-layers": ("llama", "gemma3", "gpt2", "bert", "picture_stack")}
+TRACED = {
+    "insert-layers": ("llama", "gemma3", "gpt2", "bert", "picture_stack"),
+    "merge": ("llama", "gpt2", "whisper", "picture_stack", "gate_rectified"),
+}
 """Moves that trace the model again for every trial, and the members of the zoo they are tried on here."""
 
 FEW = ("llama", "llama-tied", "gpt2", "opt", "bert", "gemma3", "picture_stack", "gate_rectified")
 
+
+BEFORE = {"merge": ({"name": "grow", "neurons": "+3"},)}
+"""What is done before a move that has nothing to do in a model with random weights."""
 
 NEEDED = {"grow": {"neurons": "+3"}}
 """Options without which a move means nothing."""
@@ -64,6 +70,8 @@ def members(spec: dict[str, Any], names: Sequence[str]) -> list[str]:
 
 
 def attempt(name: str, *moves: Any, **more: Any) -> Moved | Refused:
+    names = (held if isinstance(held, str) else held["name"] for held in moves)
+    moves = tuple(m for key, held in zip(names, moves, strict=True) for m in (*BEFORE.get(key, ()), held))
     try:
         return move(name, *moves, **more)
     except Refused as refusal:

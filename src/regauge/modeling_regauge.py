@@ -230,16 +230,21 @@ HOOKS: dict[str, Any] = {
 
 
 def replace_parameter(model: nn.Module, path: str, shape: Any) -> None:
-    """Another shape for one parameter, under all its names; the modules are otherwise left as they are."""
+    """Another shape for one parameter, under all its names, or for one buffer such as a running mean; the
+    modules are otherwise left as they are."""
     parent, _, leaf = path.rpartition(".")
     owner = dict(model.named_modules()).get(parent)
-    old = None if owner is None else dict(owner.named_parameters(recurse=False)).get(leaf)
+    buffer = None if owner is None else dict(owner.named_buffers(recurse=False)).get(leaf)
+    old = buffer if owner is None else dict(owner.named_parameters(recurse=False)).get(leaf, buffer)
     if owner is None or old is None:
         raise PatchError(f"{path}: no such parameter")
     try:
         new = torch.zeros(tuple(shape), device=old.device, dtype=old.dtype)
     except (TypeError, RuntimeError) as error:
         raise PatchError(f"{path}: {error}") from error
+    if buffer is not None:
+        setattr(owner, leaf, new)
+        return
     changed = nn.Parameter(new, requires_grad=old.requires_grad)
     for module in model.modules():
         for name, held in list(module.named_parameters(recurse=False, remove_duplicate=False)):

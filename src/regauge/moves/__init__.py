@@ -12,6 +12,7 @@ from regauge.moves.embedding import FOLD_EMBEDDING_SCALE
 from regauge.moves.entries import PERMUTE, RESCALE
 from regauge.moves.fold import DROP_KEY_BIAS, FOLD_SCALES, FOLD_SHIFTS, FOLD_VALUE_BIAS
 from regauge.moves.grow import GROW
+from regauge.moves.merge import MERGE
 from regauge.moves.residual import CENTER, UNTIE
 from regauge.moves.rotate import BALANCE_HEADS, ROTATE
 from regauge.moves.structure import ADD_BIAS, STRIP
@@ -33,6 +34,7 @@ _ALL = (
     PERMUTE,
     BALANCE_HEADS,
     GROW,
+    MERGE,
     INSERT_LAYERS,
 )
 

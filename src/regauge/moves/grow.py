@@ -75,7 +75,7 @@ def plan_grow(scene: Scene, options: Mapping[str, Any]) -> Change:
         return same_but_for_sizes(trace, gauge.trace, found, axes, names, replaced(patches))
 
     lengths = {item.reach.size: item.size for item in chosen if item.reach.turned}
-    fit = fitted(scene.trial, trace, wanted, _candidates(axes), accept, lengths)
+    fit = fitted(scene.trial, trace, wanted, sizes_of(axes), accept, lengths)
     fit, factors = corrected(scene.trial, fit, trace, layout, chosen)
     fills: dict[int, Fill] = {}
     for item in chosen:
@@ -197,7 +197,7 @@ def _size(text: str, old: int, role: Role) -> int:
     return size
 
 
-def _candidates(axes: Mapping[str, tuple[GrownAxis, ...]]) -> dict[int, set[int]]:
+def sizes_of(axes: Mapping[str, tuple[GrownAxis, ...]]) -> dict[int, set[int]]:
     """Old sizes -> what each may become: of index sets, of neighbouring ones together, of whole axes."""
     sizes: dict[int, set[int]] = {}
     for axis in (axis for held in axes.values() for axis in held):
