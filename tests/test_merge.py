@@ -14,6 +14,7 @@ from regauge.api import load, rewrite, rewrite_module
 from regauge.checkpoint import Checkpoint
 from regauge.errors import NotEquivalent, Refused
 from regauge.growing import alike, search
+from regauge.growing.roles import Role
 from regauge.moves import merge
 from regauge.moves.grow import ROLES
 from test_end_to_end import build, go, loaded
@@ -308,13 +309,17 @@ def test_back_from_growth(case: Any, tmp_path: Path) -> None:
         rewrite(out, tmp_path / "twice", {"moves": ["merge"]})
 
 
+TURNED = ("turned_and_shared", "unit_queries")
+"""Members all of whose keys are turned by position: pairs of such entries are not looked at."""
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_growth_in_the_zoo_is_undone(name: str) -> None:
     """Whatever grows in the zoo comes back to the size it had, or smaller."""
     torch.manual_seed(0)
     model, args = HOSTILE[name]()
     shapes = specimen(name).trace.shapes
-    for number, role in enumerate(ROLES):
+    for number, role in enumerate(role for role in ROLES if role is not Role.KEYS or name not in TURNED):
         new = ("split", "zero", "pairs")[number % 3]
         grow = {"name": "grow", role.value: "+2", "new": new, **({"noise": 0.0} if new == "split" else {})}
         try:

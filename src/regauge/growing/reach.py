@@ -128,8 +128,11 @@ class Follower:
     def zero(self, reach: Reach, sides: Iterable[Side]) -> set[Slice]:
         """Every slice that is zero on the new indices when these parameters are, along these axes."""
         zero: set[Slice] = {part for side in sides for part in reach.sides[side]}
+        groups: dict[tuple[int, int], list[Relation]] = {}
         for relation in self._all():
-            _spread(relation, reach.atom, zero)
+            groups.setdefault((id(relation.fact), id(relation.out)), []).append(relation)
+        for group in groups.values():
+            _spread(group, reach.atom, zero)
         return zero
 
     def _all(self) -> list[Relation]:
@@ -172,18 +175,29 @@ def _enter(relation: Relation, reach: Reach) -> None:
         reach.turned = True
 
 
-def _spread(relation: Relation, atom: int, zero: set[Slice]) -> None:
-    if relation.out is None:
+def _spread(group: list[Relation], atom: int, zero: set[Slice]) -> None:
+    """All relations of one fact that add to one output block: their sum is zero if each of them is."""
+    out = group[0].out
+    if out is None:
         return
-    for target in relation.out.order:
-        if target[1] != atom or (relation.out, target) in zero:
+    for target in out.order:
+        if target[1] != atom or (out, target) in zero:
             continue
-        known: list[bool | None] = []
-        for block, mapping in relation.ins:
-            sources = [o for o, t in mapping.items() if t == target]
-            known.append(all((block, o) in zero for o in sources) if sources else None)
-        if any(state is not None for state in known) and relation.zero(known):
-            zero.add((relation.out, target))
+        states = [_known(relation, target, zero) for relation in group]
+        if all(
+            any(state is not None for state in known) and relation.zero(known)
+            for relation, known in zip(group, states, strict=True)
+        ):
+            zero.add((out, target))
+
+
+def _known(relation: Relation, target: Occurrence, zero: set[Slice]) -> list[bool | None]:
+    """For each input whether its slice is zero; None where it does not have the index set."""
+    known: list[bool | None] = []
+    for block, mapping in relation.ins:
+        sources = [o for o, t in mapping.items() if t == target]
+        known.append(all((block, o) in zero for o in sources) if sources else None)
+    return known
 
 
 def _refuse(relation: Relation, reason: str) -> None:
