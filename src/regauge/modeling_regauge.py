@@ -354,6 +354,10 @@ def model_class(base: Any) -> Any:
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
         apply_patches(self, getattr(config, KEY)["patches"])
+        self.all_tied_weights_keys = untied(self, self.all_tied_weights_keys)
+
+    def get_expanded_tied_weights_keys(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return untied(self, base.get_expanded_tied_weights_keys(self, *args, **kwargs))
 
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         found = base.from_pretrained.__func__(cls, *args, **kwargs)
@@ -365,6 +369,7 @@ def model_class(base: Any) -> Any:
 
     body = {
         "__init__": __init__,
+        "get_expanded_tied_weights_keys": get_expanded_tied_weights_keys,
         "from_pretrained": classmethod(from_pretrained),
         "config_class": config_class(base.config_class),
         "_auto_class": next(iter(auto_names(base)), "AutoModel"),
@@ -374,6 +379,16 @@ def model_class(base: Any) -> Any:
         "__qualname__": base.__name__,
     }
     return type(base.__name__, (base,), body)
+
+
+def untied(model: Any, tied: Any) -> Any:
+    """Without the pairs (name -> name it is tied to) of which one is a parameter of a replaced module:
+    such a module has parameters of its own."""
+    patches = getattr(model.config, KEY)["patches"]
+    replaced = tuple(f"{patch['path']}." for patch in patches if patch["module"] in MODULES)
+    return {
+        name: to for name, to in tied.items() if not (name.startswith(replaced) or to.startswith(replaced))
+    }
 
 
 def stock(content: Any) -> Any:

@@ -12,12 +12,14 @@ from regauge.moves.embedding import FOLD_EMBEDDING_SCALE
 from regauge.moves.entries import PERMUTE, RESCALE
 from regauge.moves.fold import DROP_KEY_BIAS, FOLD_SCALES, FOLD_SHIFTS, FOLD_VALUE_BIAS
 from regauge.moves.grow import GROW
-from regauge.moves.residual import CENTER, UNTIE
+from regauge.moves.residual import CENTER
 from regauge.moves.rotate import BALANCE_HEADS, ROTATE
 from regauge.moves.structure import ADD_BIAS, STRIP
+from regauge.moves.tying import TIE, UNTIE
 
 _ALL = (
     UNTIE,
+    TIE,
     FOLD_BATCHNORM,
     ADD_BIAS,
     FOLD_SHIFTS,
