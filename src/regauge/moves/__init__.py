@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from regauge.moves.base import Change, Move, Option, Preserves, Scene, State, Used
 from regauge.moves.batchnorm import FOLD_BATCHNORM
 from regauge.moves.branch import FOLD_LAYER_SCALE
+from regauge.moves.complex import COMPLEX
 from regauge.moves.depth import INSERT_LAYERS
 from regauge.moves.embedding import FOLD_EMBEDDING_SCALE
 from regauge.moves.entries import PERMUTE, RESCALE
@@ -30,6 +31,7 @@ _ALL = (
     DROP_KEY_BIAS,
     CENTER,
     STRIP,
+    COMPLEX,
     ROTATE,
     RESCALE,
     PERMUTE,
