@@ -14,8 +14,9 @@ from torch import nn
 
 from regauge import hf
 from regauge.errors import BadInput, CheckpointError, Refused, TraceError
-from regauge.hf import checkpoint_names, load_meta, untied_config
+from regauge.hf import checkpoint_names, load_meta
 from regauge.inputs import example_inputs
+from regauge.ties import untied_config
 from regauge.trace import trace
 
 transformers = pytest.importorskip("transformers")

@@ -30,7 +30,10 @@ ONCE = (
 """Moves to a normal form: doing them again changes nothing."""
 RANDOM = ("rotate", "permute", "grow")
 """Moves that draw: another seed gives another result."""
-OTHERS = ("rescale", "balance-heads", "insert-layers", "merge")
+OTHERS = ("rescale", "balance-heads", "insert-layers", "tie", "complex", "merge")
+
+ELSEWHERE = ("tie",)
+"""Moves that need a configuration, which the zoo does not give: see test_tying."""
 
 NOT_CANONICAL = {
     "falcon": "its value width is split as rotary splits the fused projection: two permutations cross",
@@ -109,7 +112,7 @@ def test_kept_or_refused(spec: dict[str, Any]) -> None:
             if any(item["membership"] > 1e-9 or item["pairing"] > 1e-9 for item in found.plan.used):
                 bad.append((name, before, found.plan.used))
     assert not bad
-    assert done
+    assert done or spec["name"] in ELSEWHERE
 
 
 def _unreasonable(name: str, refusal: Refused) -> str:

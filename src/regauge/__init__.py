@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from regauge.exporting import ExportCertificate, ExportResult, export
     from regauge.recipe import MoveSpec, Recipe, load_recipe, parse_move
     from regauge.report import report
+    from regauge.steering import steered
 
 __version__ = metadata.version("regauge")
 
@@ -58,6 +59,7 @@ __all__ = [
     "report",
     "rewrite",
     "rewrite_module",
+    "steered",
 ]
 
 _VERBS = ("certify", "report")
@@ -77,6 +79,7 @@ _HOME = {
     ),
     "regauge.exporting": ("ExportCertificate", "ExportResult", "export"),
     "regauge.recipe": ("MoveSpec", "Recipe", "load_recipe", "parse_move"),
+    "regauge.steering": ("steered",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

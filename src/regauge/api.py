@@ -53,7 +53,7 @@ def _trace_of(
     outputs: Sequence[str] | None,
 ) -> Trace:
     if isinstance(model_or_path, nn.Module):
-        args, kwargs = _inputs(inputs)
+        args, kwargs = given_inputs(inputs)
         return trace(model_or_path, args, kwargs, outputs=outputs)
     from regauge.hf import load_meta
 
@@ -61,7 +61,7 @@ def _trace_of(
     return trace(held.model, (), held.inputs, outputs=outputs)
 
 
-def _inputs(inputs: Mapping[str, Any] | Sequence[Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def given_inputs(inputs: Mapping[str, Any] | Sequence[Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if inputs is None:
         raise BadInput("a module needs example inputs", expected="inputs={...} or inputs=(...)", found="none")
     if isinstance(inputs, Mapping):
@@ -90,7 +90,7 @@ def rewrite_module(
     recipe = recipe if isinstance(recipe, Recipe) else parse_recipe(recipe)
     seed = seed if seed is not None else (recipe.seed or 0)
     check_cuts(recipe, False)
-    args, kwargs = _inputs(inputs)
+    args, kwargs = given_inputs(inputs)
     traced = trace(model, args, kwargs, outputs=outputs)
     state = {name: value.detach() for name, value in model.state_dict(keep_vars=True).items()}
 

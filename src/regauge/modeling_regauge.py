@@ -104,6 +104,51 @@ def linear(
     return kind(inputs, outputs, bias, device=device, dtype=dtype)
 
 
+class ComplexLinear(nn.Module):
+    """y = U z + W conj(z) + b, where z = x[…, :n] + i·x[…, n:] and y, b are halved alike; n = inputs / 2.
+
+    With m = outputs / 2, j < n and o < m:
+
+        y[…, o] = Σ_j (u_re + w_re)[o, j] x[…, j] + (w_im − u_im)[o, j] x[…, n + j] + b[o]
+        y[…, m + o] = Σ_j (u_im + w_im)[o, j] x[…, j] + (u_re − w_re)[o, j] x[…, n + j] + b[m + o]
+    """
+
+    u_re: nn.Parameter
+    u_im: nn.Parameter
+    w_re: nn.Parameter
+    w_im: nn.Parameter
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        if inputs % 2 or outputs % 2:
+            raise ValueError(f"{inputs} inputs and {outputs} outputs do not make complex numbers")
+        shape = (outputs // 2, inputs // 2)
+        for name in ("u_re", "u_im", "w_re", "w_im"):
+            setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+            nn.init.normal_(getattr(self, name), std=0.02)
+        self.bias = nn.Parameter(torch.zeros(outputs, device=device, dtype=dtype)) if bias else None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        parts = input.unflatten(-1, (2, input.shape[-1] // 2))
+        u_re, u_im, w_re, w_im = (
+            functional.linear(parts, weight).unbind(-2)
+            for weight in (self.u_re, self.u_im, self.w_re, self.w_im)
+        )
+        top = u_re[0] + w_re[0] + (w_im[1] - u_im[1])
+        bottom = u_im[0] + w_im[0] + (u_re[1] - w_re[1])
+        y = torch.cat([top, bottom], -1)
+        return y if self.bias is None else y + self.bias
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The real matrix, [outputs, inputs], computed; for code that asks for its dtype."""
+        u_re, u_im, w_re, w_im = self.u_re, self.u_im, self.w_re, self.w_im
+        return torch.cat([torch.cat([u_re + w_re, w_im - u_im], 1), torch.cat([u_im + w_im, u_re - w_re], 1)])
+
+    def extra_repr(self) -> str:
+        return f"{2 * self.u_re.shape[1]}, {2 * self.u_re.shape[0]}, bias={self.bias is not None}"
+
+
 class Convolution(nn.Module):
     """y = x ∗ W + b over one, two or three axes of positions; W: [out, in / groups, …].
 
@@ -183,6 +228,7 @@ def embedding(rows: int, size: int, padding: int | None, device: Any = None, dty
 MODULES: dict[str, Any] = {
     "norm": Norm,
     "linear": linear,
+    "complex-linear": ComplexLinear,
     "convolution": Convolution,
     "affine": Affine,
     "identity": Identity,
@@ -363,6 +409,10 @@ def model_class(base: Any) -> Any:
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
         apply_patches(self, getattr(config, KEY)["patches"])
+        self.all_tied_weights_keys = untied(self, self.all_tied_weights_keys)
+
+    def get_expanded_tied_weights_keys(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return untied(self, base.get_expanded_tied_weights_keys(self, *args, **kwargs))
 
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         found = base.from_pretrained.__func__(cls, *args, **kwargs)
@@ -374,6 +424,7 @@ def model_class(base: Any) -> Any:
 
     body = {
         "__init__": __init__,
+        "get_expanded_tied_weights_keys": get_expanded_tied_weights_keys,
         "from_pretrained": classmethod(from_pretrained),
         "config_class": config_class(base.config_class),
         "_auto_class": next(iter(auto_names(base)), "AutoModel"),
@@ -383,6 +434,16 @@ def model_class(base: Any) -> Any:
         "__qualname__": base.__name__,
     }
     return type(base.__name__, (base,), body)
+
+
+def untied(model: Any, tied: Any) -> Any:
+    """Without the pairs (name -> name it is tied to) of which one is a parameter of a replaced module:
+    such a module has parameters of its own."""
+    patches = getattr(model.config, KEY)["patches"]
+    replaced = tuple(f"{patch['path']}." for patch in patches if patch["module"] in MODULES)
+    return {
+        name: to for name, to in tied.items() if not (name.startswith(replaced) or to.startswith(replaced))
+    }
 
 
 def stock(content: Any) -> Any:

@@ -27,6 +27,7 @@ _CONVOLUTION = {"inputs": int, "outputs": int, "kernel": list, "stride": list, "
 FIELDS: Mapping[str, Mapping[str, type]] = {
     "norm": _NORM,
     "linear": {"inputs": int, "outputs": int, "bias": bool, "transposed": bool},
+    "complex-linear": {"inputs": int, "outputs": int, "bias": bool},
     "convolution": {**_CONVOLUTION, "dilation": list, "groups": int, "bias": bool, "pad": bool},
     "affine": {"size": int, "weight": bool, "bias": bool},
     "identity": {},

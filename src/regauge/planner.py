@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from regauge.recipe import Recipe, check_move
 
 Reader = Callable[[str], torch.Tensor]
 Unscaled = tuple[Mapping[str, Any], Mapping[str, float]]
+Tied = tuple[Mapping[str, Any], Sequence[tuple[str, ...]]]
 
 
 def make_plan(
@@ -33,6 +34,7 @@ def make_plan(
     config: Callable[[Rewrite], Mapping[str, Any]] | None = None,
     trial: Callable[[Rewrite], Trial] | None = None,
     unscale_config: Callable[[Mapping[str, Any]], Unscaled] | None = None,
+    tie_config: Callable[[Mapping[str, Any]], Tied] | None = None,
 ) -> tuple[Rewrite, State, Gauge]:
     """Plan every move of a recipe. Nothing is written.
 
@@ -47,7 +49,7 @@ def make_plan(
             changes the structure.
         config: plan so far -> content of ``config.json`` then; None for plain modules.
         trial: how the model of the plan so far can be rebuilt in other sizes.
-        unscale_config: content of ``config.json`` -> see :class:`regauge.moves.Scene`.
+        unscale_config, tie_config: content of ``config.json`` -> see :class:`regauge.moves.Scene`.
 
     Returns:
         the plan, the state the model is in after it, and its gauge: another one than ``gauge`` if the
@@ -74,6 +76,7 @@ def make_plan(
             config=now,
             trial=None if trial is None else trial(rewrite),
             unscale_config=_called(unscale_config, now),
+            tie_config=_called(tie_config, now),
         )
         change = _composed(rewrite, move.plan(scene, options))
         before, rewrite = rewrite, _taken(rewrite, change.takes)

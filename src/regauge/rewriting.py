@@ -22,7 +22,7 @@ from regauge.checkpoint import Checkpoint
 from regauge.cuts import check_cuts, measured
 from regauge.discover import Gauge
 from regauge.embedding_scale import unscaled_config
-from regauge.errors import CheckpointError, NotEquivalent, RegaugeError
+from regauge.errors import CheckpointError, NotEquivalent, Refused, RegaugeError
 from regauge.growing.trial import Trial, trial_of
 from regauge.hf import (
     HFModel,
@@ -31,7 +31,6 @@ from regauge.hf import (
     patched_config,
     read_config,
     resolved_config,
-    untied_config,
 )
 from regauge.jobs import tensor_copies, tensor_drops, tensor_made, with_new_names
 from regauge.modeling_regauge import KEY
@@ -39,6 +38,7 @@ from regauge.plan import Rewrite
 from regauge.planner import make_plan
 from regauge.recipe import Recipe, parse_recipe
 from regauge.sources import resolve
+from regauge.ties import tied_config, untied_config
 from regauge.trace import Trace, trace
 from regauge.write import StagedOutput
 from regauge.written import Written, check_written
@@ -140,6 +140,7 @@ def rewrite(
             lambda so_far: {**source_config, **_config(source_config, so_far)},
             trial,
             unscaled_config,
+            tied_config,
         )
         names = _apart(with_new_names(names, plan), plan)
         view = RewrittenView(files, plan, names)
@@ -216,11 +217,21 @@ def _apart(names: Mapping[str, str], plan: Rewrite) -> dict[str, str]:
     for name, tensor in names.items():
         first.setdefault(tensor, name)
     made = {n for n, t in names.items() if n in plan.made and first[t] != n}
-    return {
+    held = {
         n: t
         for n, t in names.items()
         if n not in made and (n not in plan.copies or t != names[plan.copies[n]])
     }
+    taken = (plan.copies.keys() - held.keys()) & set(held.values())
+    if taken:
+        name = min(taken)
+        raise Refused(
+            "a parameter that gets a tensor of its own has the name under which another one is stored",
+            parameter=name,
+            found=f"{plan.copies[name]} is stored as {name}",
+            way_out="load the model and save it again with save_pretrained",
+        )
+    return held
 
 
 def _config(config: Mapping[str, Any], plan: Rewrite) -> dict[str, Any]:
@@ -253,7 +264,7 @@ def _check_shapes(files: Checkpoint, names: Mapping[str, str], traced: Trace) ->
 
 def _reader(files: Checkpoint, names: Mapping[str, str], plan: Rewrite) -> Callable[[str], torch.Tensor]:
     """Current values by parameter name, as the plan so far leaves them."""
-    return RewrittenView(files, plan, names).read
+    return RewrittenView(files, plan, _apart(names, plan)).read
 
 
 class _Clock:

@@ -6,7 +6,7 @@ it returns a :class:`Change` or raises :class:`~regauge.errors.Refused`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -68,6 +68,8 @@ class Scene:
         trial: how the model can be rebuilt in other sizes; None where it cannot.
         unscale_config: see :func:`regauge.embedding_scale.unscaled_config`; None for plain modules.
         config: content of ``config.json`` as the moves so far leave it; None for plain modules.
+        tie_config: changes to the configuration that tie, and the groups of names that are then one
+            parameter, when asked for; None for plain modules.
     """
 
     gauge: Gauge
@@ -78,6 +80,7 @@ class Scene:
     trial: Trial | None = None
     unscale_config: Callable[[], tuple[Mapping[str, Any], Mapping[str, float]]] | None = None
     config: Callable[[], Mapping[str, Any]] | None = None
+    tie_config: Callable[[], tuple[Mapping[str, Any], Sequence[tuple[str, ...]]]] | None = None
 
     @property
     def atlas(self) -> Atlas:

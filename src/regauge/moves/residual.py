@@ -1,4 +1,4 @@
-"""Centring the residual stream and giving tied parameters their own copies."""
+"""Centring the residual stream."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from regauge.atlas import Kind
 from regauge.errors import Refused
 from regauge.interpret import op_name
-from regauge.moves.base import Builder, Change, Move, Option, Preserves, Scene, State, describe, widest
+from regauge.moves.base import Builder, Change, Move, Option, Preserves, Scene, describe, widest
 from regauge.moves.narrow import FORMS, plan_narrow
 from regauge.moves.structure import rms_patch
 from regauge.patches import Patch, owners
@@ -59,16 +59,6 @@ def plan_center(scene: Scene, options: Mapping[str, Any]) -> Change:
     return builder.change()
 
 
-def plan_untie(scene: Scene, options: Mapping[str, Any]) -> Change:
-    """E used in two roles becomes E and E′ = E: the function is the same, each role moves alone."""
-    tied = scene.gauge.tied
-    if not tied or scene.state.untied:
-        raise Refused("nothing is tied here", expected="two names for one parameter", found="none")
-    config = {} if scene.untie_config is None else scene.untie_config()
-    copies = {alias: names[0] for names in tied for alias in names[1:]}
-    return Change(copies=copies, config=config, state=State(True, scene.state.folded))
-
-
 CENTER = Move(
     "center",
     "W[c,…] ← W[c,…] − mean_c W[c,…] for every writer of the space",
@@ -84,12 +74,4 @@ CENTER = Move(
             ("keep", "rms", *FORMS),
         )
     },
-)
-UNTIE = Move(
-    "untie",
-    "E, E (one tensor, two roles) → E, E′ with E′ = E",
-    "a parameter with two names, and a configuration that can say so",
-    Preserves.OUTPUT,
-    plan_untie,
-    {},
 )
