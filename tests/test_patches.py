@@ -161,6 +161,23 @@ def test_refused_where_the_mean_is_seen(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_some_layer_norms_stay_only_if_that_is_wanted(tmp_path: Path) -> None:
+    """In a post-norm encoder the first norm reads a sum of embeddings alone; what the others read is normed."""
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=37, hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=20
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "source")
+    move = {"name": "center", "norm": "rms"}
+    with pytest.raises(Refused, match="2 of 3 LayerNorms here do not become RMSNorms"):
+        rewrite(tmp_path / "source", tmp_path / "out", {"moves": [move]})
+    assert not (tmp_path / "out").exists()
+    rewrite(tmp_path / "source", tmp_path / "out", {"moves": [{**move, "partial": True}]})
+    again = load(tmp_path / "out")
+    assert sum(isinstance(module, Norm) for module in again.modules()) == 1
+
+
 def test_strip_leaves_what_does_something(tmp_path: Path) -> None:
     build("gpt2").save_pretrained(tmp_path / "source")
     with pytest.raises(Refused, match="does something"):

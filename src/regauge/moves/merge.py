@@ -50,7 +50,7 @@ def plan_merge(scene: Scene, options: Mapping[str, Any]) -> Change:
 
     def matches(reach: Reach) -> bool:
         names = [name for name, _, _ in reach.sides]
-        return options["where"] is None or any(fnmatch.fnmatchcase(name, options["where"]) for name in names)
+        return not options["where"] or any(fnmatch.fnmatchcase(name, options["where"]) for name in names)
 
     every = candidates(layout, passed, matches)
     look = partial(_found, scene, layout, passed)
@@ -157,6 +157,6 @@ MERGE = Move(
     {
         "keep": Option(str, "each", "each: every layer its own size; equal: as many as every layer can lose",
                        ("each", "equal")),
-        "where": Option(str, None, "only index sets with a parameter whose name matches, as layers.3.*"),
+        "where": Option(str, "", "only index sets with a parameter whose name matches, as layers.3.*"),
     },
 )  # fmt: skip

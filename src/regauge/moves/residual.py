@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import prod
 from typing import Any
 
@@ -41,22 +41,34 @@ def plan_center(scene: Scene, options: Mapping[str, Any]) -> Change:
         )
     centred = {key for key, count in covered.items() if count == prod(scene.shape(key[0]))}
     if options["norm"] in FORMS:
-        return plan_narrow(scene, builder, centred, options["norm"])
+        change, nodes = plan_narrow(scene, builder, centred, options["norm"])
+        _check_all(scene, nodes, options["partial"])
+        return change
     if options["norm"] == "rms":
         paths, nodes = scene.gauge.zero_mean_norms(centred, untied=scene.state.untied)
         entries: list[Patch] = [{"path": path, "module": "center-input"} for path in paths]
-        if not nodes:
-            norm = next((n for n in scene.trace.graph.nodes if op_name(n) == "aten.layer_norm"), None)
-            raise Refused(
-                "no LayerNorm here can become an RMSNorm: what it reads does not have mean zero",
-                node=None if norm is None else f"{norm.name} in {module_path(norm) or 'the model'}",
-                found="something that sees the mean reads the same, as where the output of a norm is added"
-                " to the stream again (post-norm)"
-                if norm is not None
-                else "no operation here is a LayerNorm",
-            )
+        _check_all(scene, nodes, options["partial"])
         return builder.change(patches=(*entries, *map(rms_patch, owners(scene.trace, nodes).values())))
     return builder.change()
+
+
+def _check_all(scene: Scene, nodes: Collection[str], partial: bool) -> None:
+    """Refuse if a LayerNorm would stay one, unless that is wanted, or if all of them would."""
+    norms = [node for node in scene.trace.graph.nodes if op_name(node) == "aten.layer_norm"]
+    stay = [node for node in norms if node.name not in nodes]
+    if (partial and nodes) or (norms and not stay):
+        return
+    what = "no LayerNorm here" if not nodes else f"{len(stay)} of {len(norms)} LayerNorms here do not"
+    verb = "can become an RMSNorm" if not nodes else "become RMSNorms"
+    raise Refused(
+        f"{what} {verb}: what {'it reads' if not nodes else 'they read'} does not have mean zero",
+        node=None if not stay else f"{stay[0].name} in {module_path(stay[0]) or 'the model'}",
+        found="something that sees the mean reads the same, as where the output of a norm is added"
+        " to the stream again (post-norm)"
+        if norms
+        else "no operation here is a LayerNorm",
+        way_out="partial=true replaces the others" if nodes else None,
+    )
 
 
 CENTER = Move(
@@ -72,6 +84,7 @@ CENTER = Move(
             "rms: also replace each LayerNorm whose input is then centred by an RMSNorm; crms, chart: also"
             " store the stream with one coordinate less, by leaving out its last entry or its mean",
             ("keep", "rms", *FORMS),
-        )
+        ),
+        "partial": Option(bool, False, "also where some LayerNorms have to stay what they are"),
     },
 )
