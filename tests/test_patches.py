@@ -162,7 +162,7 @@ def test_refused_where_the_mean_is_seen(name: str, tmp_path: Path) -> None:
 
 
 def test_some_layer_norms_stay_only_if_that_is_wanted(tmp_path: Path) -> None:
-    """In a post-norm encoder the first norm reads a sum of embeddings alone; what the others read is normed."""
+    """In a post-norm encoder the first norm alone reads what can be centred: the sum of the embeddings."""
     import transformers
 
     config = transformers.BertConfig(
