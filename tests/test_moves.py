@@ -42,6 +42,9 @@ NOT_CANONICAL = {
 TRACED = {
     "insert-layers": ("llama", "gemma3", "gpt2", "bert", "picture_stack"),
     "merge": ("llama", "gpt2", "whisper", "picture_stack", "gate_rectified"),
+    "grow": ("llama-tied", "gpt2", "gemma3", "picture_stack", "gate_rectified"),
+    "complex": ("llama", "gpt2", "whisper", "picture_stack", "gate_rectified"),
+    "fold-embedding-scale": ("llama", "gemma3", "granite", "opt", "rectified"),
 }
 """Moves that trace the model again for every trial, and the members of the zoo they are tried on here."""
 
