@@ -59,6 +59,9 @@ def silent_sides(follower: Follower, reach: Reach) -> tuple[Side, ...]:
     for s in reach.sums:
         if s.left not in zero and s.right not in zero:
             raise _unsilenced(s, "both factors may be anything on the new indices")
+        twice = set(chosen) & _writers(reach, s)
+        if role is not Role.RESIDUAL and twice:
+            raise _unsilenced(s, f"{sorted(twice)[0][0]} is both factors")
         if role is not Role.RESIDUAL and s.left in zero and s.right in zero:
             raise _unsilenced(s, "both factors would have to be zero there, and would stay zero in training")
     return tuple(chosen)
@@ -98,6 +101,11 @@ def _readers(reach: Reach, s: Sum) -> set[Side]:
     """Parameters that are a factor of the sum as they are stored, or rearranged."""
     sides = (reach.stored(part) for part in (s.left, s.right) if part is not None)
     return {side for side in sides if side is not None}
+
+
+def _writers(reach: Reach, s: Sum) -> set[Side]:
+    """What writes both factors of a sum."""
+    return reach.writers(s.left) & reach.writers(s.right) if s.right is not None else set()
 
 
 def _unsilenced(s: Sum, why: str) -> Refused:
