@@ -55,7 +55,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def run(*args: object) -> Result:
-    return CliRunner().invoke(app, [str(arg) for arg in args])
+    return CliRunner(env={"COLUMNS": "300"}).invoke(app, [str(arg) for arg in args])
 
 
 def fails(
