@@ -17,9 +17,7 @@ from regauge.trace import module_path
 FORMS = ("crms", "chart")
 
 
-def plan_narrow(
-    scene: Scene, builder: Builder, centred: Set[tuple[str, int]], form: str
-) -> tuple[Change, frozenset[str]]:
+def plan_narrow(scene: Scene, builder: Builder, centred: Set[tuple[str, int]], form: str) -> Change:
     """x[…, d] = −Σ_{j<d} x[…, j] need not be stored: writers and readers of x along the axis of size d,
 
     - crms: writers W[j, …] ← W[j, …], readers W[…, j] ← W[…, j] − W[…, d], for j < d;
@@ -32,9 +30,6 @@ def plan_narrow(
     Args:
         builder: holds the centring of every writer.
         centred: (parameter, axis) that it centres as a whole.
-
-    Returns:
-        the change, and the LayerNorms that it replaces, by operation.
     """
     modules = replaceable(scene.trace)
     norms = {
@@ -62,8 +57,7 @@ def plan_narrow(
     for path in dict.fromkeys(norms[node] for stream in chosen for node in stream.norms):
         patches.append(_norm(scene, modules[path], form))
         drops |= {name for name in (modules[path].weight, modules[path].bias) if name is not None}
-    change = builder.change(refits=refits, drops=frozenset(drops), patches=tuple(patches))
-    return change, frozenset(node for stream in chosen for node in stream.norms)
+    return builder.change(refits=refits, drops=frozenset(drops), patches=tuple(patches))
 
 
 def _refit(shape: tuple[int, ...], axes: Mapping[int, bool], form: str) -> Refit:

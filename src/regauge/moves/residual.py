@@ -41,9 +41,7 @@ def plan_center(scene: Scene, options: Mapping[str, Any]) -> Change:
         )
     centred = {key for key, count in covered.items() if count == prod(scene.shape(key[0]))}
     if options["norm"] in FORMS:
-        change, nodes = plan_narrow(scene, builder, centred, options["norm"])
-        _check_all(scene, nodes, options["partial"])
-        return change
+        return plan_narrow(scene, builder, centred, options["norm"])
     if options["norm"] == "rms":
         paths, nodes = scene.gauge.zero_mean_norms(centred, untied=scene.state.untied)
         entries: list[Patch] = [{"path": path, "module": "center-input"} for path in paths]
@@ -85,6 +83,6 @@ CENTER = Move(
             " store the stream with one coordinate less, by leaving out its last entry or its mean",
             ("keep", "rms", *FORMS),
         ),
-        "partial": Option(bool, False, "also where some LayerNorms have to stay what they are"),
+        "partial": Option(bool, False, "rms: also where some LayerNorms have to stay what they are"),
     },
 )
