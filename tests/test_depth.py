@@ -360,12 +360,12 @@ def test_kinds_of_layers_that_do_not_fit_are_noticed(tmp_path: Path, monkeypatch
     stack = find_stacks(walk)[0]["model.layers"]
     found = regauge.depth.resized(content, walk, stack, [0, 0, 1])
     assert found.config["layer_types"] == ["sliding_attention", "sliding_attention", "full_attention"]
-    real = regauge.depth._changes  # pyright: ignore[reportPrivateUsage]
+    real = regauge.depth.changes
 
     def backwards(content: Any, edits: Any) -> Any:
         return {k: v[::-1] if k == "layer_types" else v for k, v in real(content, edits).items()}
 
-    monkeypatch.setattr(regauge.depth, "_changes", backwards)
+    monkeypatch.setattr(regauge.depth, "changes", backwards)
     with pytest.raises(Refused, match="no configuration gives") as caught:
         regauge.depth.resized(content, walk, stack, [0, 0, 1])
     assert "what layer" in str(caught.value.found)

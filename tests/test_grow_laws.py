@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from regauge.api import rewrite, rewrite_module
 from regauge.errors import NotEquivalent, Refused
-from regauge.growing import correct, fit
+from regauge.growing import correct, fit, rebuild
 from regauge.moves import grow
 from regauge.moves.grow import ROLES
 from test_end_to_end import build
@@ -204,13 +204,13 @@ def _same_eps(patch: Patch) -> None:
 
 
 def _same_gain(patch: Patch) -> None:
-    real = grow.corrected
+    real = rebuild.corrected
 
     def without(*args: Any) -> Any:
         held, factors = real(*args)
         return held, {side: f for side, f in factors.items() if "norm" not in side[0]}
 
-    patch.setattr(grow, "corrected", without)
+    patch.setattr(rebuild, "corrected", without)
 
 
 def _same_keys(patch: Patch) -> None:
@@ -222,13 +222,13 @@ def _other_table(patch: Patch) -> None:
 
 
 def _at_the_end(patch: Patch) -> None:
-    real = grow.grown_axis
+    real = rebuild.grown_axis
 
     def appended(*args: Any) -> Any:
         axis = real(*args)
         return replace(axis, old=torch.arange(len(axis.old)))
 
-    patch.setattr(grow, "grown_axis", appended)
+    patch.setattr(rebuild, "grown_axis", appended)
 
 
 def _unchecked(patch: Patch) -> None:

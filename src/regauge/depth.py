@@ -7,7 +7,6 @@ parameters wanted and computes, layer by layer and around them, what it computed
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from regauge.config_paths import Path, at, changes, leaves
 from regauge.errors import Refused, RegaugeError
 from regauge.hf import HFModel, load_config, load_meta
 from regauge.interpret import interpret
@@ -23,8 +23,6 @@ from regauge.modeling_regauge import KEY
 from regauge.sameness import Outline, Tokens, outline
 from regauge.trace import trace
 from regauge.walk import Walk
-
-Path = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def resized(content: Mapping[str, Any], walk: Walk, stack: Stack, sources: Seque
             or trial.nearest,
         )
     edits, (walk_new, stack_new) = found[0]
-    return Resized(stack_new, walk_new, _changes(content, edits), trial.takes)
+    return Resized(stack_new, walk_new, changes(content, edits), trial.takes)
 
 
 class _Trial:
@@ -125,9 +123,9 @@ class _Trial:
 
     def run(self) -> Iterator[tuple[dict[Path, Any], tuple[Walk, Stack]]]:
         """Every change that gives the model wanted, the smallest of each candidate."""
-        numbers = [p for p, v in _leaves(self.full) if type(v) is int and v == self.count]
-        lists = [p for p, v in _leaves(self.full) if isinstance(v, list) and len(v) == self.count]
-        longer = {path: [_at(self.full, path)[old] for old in self.sources] for path in lists}
+        numbers = [p for p, v in leaves(self.full) if type(v) is int and v == self.count]
+        lists = [p for p, v in leaves(self.full) if isinstance(v, list) and len(v) == self.count]
+        longer = {path: [at(self.full, path)[old] for old in self.sources] for path in lists}
         sizes = sorted({1, 2, len(lists)} & set(range(1, len(lists) + 1)))
         anything = False
         for pinned in (False, True):
@@ -152,7 +150,7 @@ class _Trial:
         """Whether the change does anything, and the model if it is the one wanted."""
         key = ".".join(path)
         try:
-            after = load_meta({**self.content, **_changes(self.content, edits)})
+            after = load_meta({**self.content, **changes(self.content, edits)})
             names = _shapes(after)
             if names == _shapes(self.before):
                 return False, None
@@ -199,20 +197,6 @@ def _shapes(held: HFModel) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in held.model.state_dict(keep_vars=True).items()}
 
 
-def _leaves(content: Mapping[str, Any], above: Path = ()) -> Iterator[tuple[Path, Any]]:
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, (*above, key))
-        else:
-            yield (*above, key), value
-
-
-def _at(content: Any, path: Path) -> Any:
-    for key in path:
-        content = content[key]
-    return content
-
-
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """The second mapping on top of the first, section by section."""
     result = dict(below)
@@ -221,19 +205,3 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
         both = isinstance(value, Mapping) and isinstance(held, Mapping)
         result[key] = _merged(held, value) if both else value  # type: ignore[arg-type]
     return result
-
-
-def _changes(content: Mapping[str, Any], edits: Mapping[Path, Any]) -> dict[str, Any]:
-    """Edits as changes to the top level."""
-    changed: dict[str, Any] = {}
-    for path, value in edits.items():
-        if path[0] not in changed:
-            changed[path[0]] = copy.deepcopy(content.get(path[0]))
-        if len(path) == 1:
-            changed[path[0]] = value
-            continue
-        place = changed[path[0]] = changed[path[0]] or {}
-        for key in path[1:-1]:
-            place = place.setdefault(key, {})
-        place[path[-1]] = value
-    return changed

@@ -74,7 +74,7 @@ def make_plan(
             random,
             untie_config=_called(untie_config, now),
             config=now,
-            trial=None if trial is None else trial(rewrite),
+            trial=None if trial is None else partial(trial, rewrite),
             unscale_config=_called(unscale_config, now),
             tie_config=_called(tie_config, now),
         )

@@ -74,6 +74,7 @@ def corrected(
         fit = _with_eps(trial, fit, trace, eps)
     constants = {node: ratio for node, ratio in eps.items() if _path(trace, node) in replaced(fit.patches)}
     keys = [item for item in chosen if item.role is Role.KEYS]
+    follower = Follower(layout)
     taken_back: dict[Side, float] = {}
     for node, numbers in changed_constants(trace, fit.gauge.trace, replaced(fit.patches)).items():
         if len(numbers) != 1 or not all(numbers[0]):
@@ -85,7 +86,7 @@ def corrected(
         effect = _effect(trace, node, old, new)
         mine = [item for item in keys if _scales(trace, node, key_product(item.reach).fact.node)]
         if mine:
-            taken_back |= dict.fromkeys(key_sides(Follower(layout), mine[0].reach), 1 / effect)
+            taken_back |= dict.fromkeys(key_sides(follower, mine[0].reach), 1 / effect)
         else:
             constants[node] = effect
     if means or constants:

@@ -12,8 +12,10 @@ a power, a homogeneous or an odd function of a zero is zero.
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from regauge.errors import Refused
 from regauge.facts import Center, Contract, Fact, Law, Pointwise, Reduce, Remap, Rotary
@@ -77,6 +79,10 @@ class Reach:
             part = before[0]
         return names[part]
 
+    def named(self, pattern: str) -> bool:
+        """Whether a parameter that has it has a name that matches; an empty pattern matches all."""
+        return not pattern or any(fnmatch.fnmatchcase(name, pattern) for name, _, _ in self.sides)
+
     def writers(self, start: Slice) -> set[Side]:
         """Parameters whose new slice can make the new slice of ``start`` differ from zero."""
         found: set[Side] = set()
@@ -100,7 +106,6 @@ class Follower:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.facts = layout.facts
-        self._relations: list[Relation] | None = None
 
     def reach(self, atom: int) -> Reach:
         """Where the index set ``atom`` goes.
@@ -121,24 +126,28 @@ class Follower:
                             raise Refused("an index set occurs twice on one axis", parameter=value.parameter)
         if found is None:
             raise Refused("no parameter has this index set", space=f"atom {atom}")
-        for relation in self._all():
+        for relation in self._relations:
             _enter(relation, found)
         return found
 
     def zero(self, reach: Reach, sides: Iterable[Side]) -> set[Slice]:
         """Every slice that is zero on the new indices when these parameters are, along these axes."""
         zero: set[Slice] = {part for side in sides for part in reach.sides[side]}
-        groups: dict[tuple[int, int], list[Relation]] = {}
-        for relation in self._all():
-            groups.setdefault((id(relation.fact), id(relation.out)), []).append(relation)
-        for group in groups.values():
+        for group in self._groups:
             _spread(group, reach.atom, zero)
         return zero
 
-    def _all(self) -> list[Relation]:
-        if self._relations is None:
-            self._relations = list(relations(self.layout))
-        return self._relations
+    @cached_property
+    def _groups(self) -> list[list[Relation]]:
+        """Relations of one fact that add to one output block, together."""
+        groups: dict[tuple[int, int], list[Relation]] = {}
+        for relation in self._relations:
+            groups.setdefault((id(relation.fact), id(relation.out)), []).append(relation)
+        return list(groups.values())
+
+    @cached_property
+    def _relations(self) -> list[Relation]:
+        return list(relations(self.layout))
 
 
 def _enter(relation: Relation, reach: Reach) -> None:

@@ -59,11 +59,11 @@ def silent_sides(follower: Follower, reach: Reach) -> tuple[Side, ...]:
     for s in reach.sums:
         if s.left not in zero and s.right not in zero:
             raise _unsilenced(s, "both factors may be anything on the new indices")
+        if role is not Role.RESIDUAL and s.left in zero and s.right in zero:
+            raise _unsilenced(s, "both factors would have to be zero there, and would stay zero in training")
         twice = set(chosen) & _writers(reach, s)
         if role is not Role.RESIDUAL and twice:
             raise _unsilenced(s, f"{sorted(twice)[0][0]} is both factors")
-        if role is not Role.RESIDUAL and s.left in zero and s.right in zero:
-            raise _unsilenced(s, "both factors would have to be zero there, and would stay zero in training")
     return tuple(chosen)
 
 

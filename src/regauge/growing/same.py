@@ -58,9 +58,9 @@ def changed_constants(old: Trace, new: Trace, replaced: Set[str]) -> dict[str, l
     """Operation of the old trace -> numbers with a fraction that differ in the new one."""
     found: dict[str, list[tuple[Any, Any]]] = {}
     for a, b in zip(_calls(old, replaced), _calls(new, replaced), strict=True):
-        pairs = list(zip(_numbers(a, old), _numbers(b, new), strict=False))
-        different = [(x, y) for x, y in pairs if x != y]
-        if different or len(list(_numbers(a, old))) != len(list(_numbers(b, new))):
+        before, after = list(_numbers(a, old)), list(_numbers(b, new))
+        different = [(x, y) for x, y in zip(before, after, strict=False) if x != y]
+        if different or len(before) != len(after):
             found[a.name] = different
     return found
 
@@ -105,8 +105,6 @@ def _grown(leaf: Leaf) -> Place:
     return leaf.grown_offset, tuple((m, wide) for _, _, _, m, wide in leaf.factors)
 
 
-def _flat(
-    leaves: list[tuple[int, tuple[tuple[int, int], ...]]],
-) -> list[tuple[int, tuple[tuple[int, int], ...]]]:
+def _flat(leaves: list[Place]) -> list[Place]:
     """Leaves without factors of one index."""
     return sorted((offset, tuple(f for f in factors if f[0] > 1)) for offset, factors in leaves)

@@ -9,12 +9,12 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from regauge.config_paths import Path, at, changes, leaves
 from regauge.growing.trial import Shapes, Trial, built, expected
 from regauge.patches import Patch
 from regauge.trace import Trace
 
 MOST_TRIALS = 96
-Key = tuple[str, ...]
 Place = TypeVar("Place")
 
 
@@ -27,18 +27,18 @@ def by_config(
     """
     if trial.config is None:
         return
-    leaves = dict(_leaves(trial.resolved))
-    pins = {key: n for key, n in leaves.items() if _at(trial.config, key) is None and n is not None}
-    options = {key: sorted(sizes[n]) for key, n in leaves.items() if n is not None and n in sizes}
+    numbers = {key: n for key, n in leaves(trial.resolved) if n is None or type(n) is int}
+    pins = {key: n for key, n in numbers.items() if at(trial.config, key) is None and n is not None}
+    options = {key: sorted(sizes[n]) for key, n in numbers.items() if n is not None and n in sizes}
     blank = sorted({m for new in sizes.values() for m in new})
-    unset = {key: blank for key, n in leaves.items() if n is None}
+    unset = {key: blank for key, n in numbers.items() if n is None}
     before, after = expected(trace, wanted)
-    useful: dict[Key, list[int]] = {}
+    useful: dict[Path, list[int]] = {}
 
-    def shapes(held: Mapping[Key, int]) -> Shapes | None:
-        return built(trial, _changes(trial.config or {}, held), (), trace)
+    def shapes(held: Mapping[Path, int]) -> Shapes | None:
+        return built(trial, changes(trial.config or {}, held), (), trace)
 
-    def freed(held: dict[Key, int], chosen: Mapping[Key, int]) -> dict[Key, int]:
+    def freed(held: dict[Path, int], chosen: Mapping[Path, int]) -> dict[Path, int]:
         """Without the defaults that need not be written down."""
         for key in [key for key in pins if key not in chosen]:
             without = {k: n for k, n in held.items() if k != key}
@@ -50,7 +50,7 @@ def by_config(
         held = {**pins, **chosen}
         found = shapes(held)
         if found == after:
-            yield _changes(trial.config, freed(held, chosen)), ()
+            yield changes(trial.config, freed(held, chosen)), ()
         elif found is None or _on_the_way(before, found, after):
             for key, value in chosen.items():
                 useful.setdefault(key, []).append(value)
@@ -60,7 +60,7 @@ def by_config(
         for chosen in itertools.islice(several, MOST_TRIALS):
             held = {**pins, **chosen}
             if shapes(held) == after:
-                yield _changes(trial.config, freed(held, chosen)), ()
+                yield changes(trial.config, freed(held, chosen)), ()
 
 
 def _on_the_way(before: Shapes, found: Shapes, after: Shapes) -> bool:
@@ -85,38 +85,3 @@ def choices(
                 continue
             for values in itertools.product(*(options[key] for key in keys)):
                 yield dict(zip(keys, values, strict=True))
-
-
-def _leaves(content: Mapping[str, Any], path: Key = ()) -> Iterator[tuple[Key, int | None]]:
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, (*path, key))
-        elif value is None or type(value) is int:
-            yield (*path, key), value
-
-
-def _at(content: Any, key: Key) -> Any:
-    for part in key:
-        content = content.get(part) if isinstance(content, Mapping) else None
-    return content
-
-
-def _changes(config: Mapping[str, Any], chosen: Mapping[Key, int]) -> dict[str, Any]:
-    """Top-level entries with the chosen leaves put in."""
-    changes: dict[str, Any] = {}
-    for key, value in chosen.items():
-        top = key[0]
-        if len(key) == 1:
-            changes[top] = value
-            continue
-        section: dict[str, Any] = _copied(changes.get(top, config.get(top) or {}))
-        inner = section
-        for part in key[1:-1]:
-            inner = inner.setdefault(part, {})
-        inner[str(key[-1])] = value
-        changes[top] = section
-    return changes
-
-
-def _copied(value: Any) -> Any:
-    return {key: _copied(item) for key, item in value.items()} if isinstance(value, Mapping) else value

@@ -77,7 +77,7 @@ class Scene:
     read: Callable[[str], torch.Tensor]
     random: torch.Generator
     untie_config: Callable[[], Mapping[str, Any]] | None = None
-    trial: Trial | None = None
+    trial: Callable[[], Trial] | None = None
     unscale_config: Callable[[], tuple[Mapping[str, Any], Mapping[str, float]]] | None = None
     config: Callable[[], Mapping[str, Any]] | None = None
     tie_config: Callable[[], tuple[Mapping[str, Any], Sequence[tuple[str, ...]]]] | None = None

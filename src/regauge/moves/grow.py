@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import fnmatch
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from regauge.discover import Gauge
 from regauge.errors import RecipeError, Refused
-from regauge.growing.correct import Growing, corrected
+from regauge.growing.correct import Growing
 from regauge.growing.fill import Fill, New, fill, grown
-from regauge.growing.fit import fitted, replaced
 from regauge.growing.reach import Follower, Reach
+from regauge.growing.rebuild import rebuilt
 from regauge.growing.roles import Role, key_product, role_of, silent_sides
-from regauge.growing.same import same_but_for_sizes
-from regauge.growing.sizes import GrownAxis, grown_axis
 from regauge.moves.base import Change, Move, Option, Preserves, Scene, Used
-from regauge.patches import Patch
 from regauge.plan import Refit
 from regauge.solve.layout import Layout
 
@@ -58,33 +52,18 @@ def plan_grow(scene: Scene, options: Mapping[str, Any]) -> Change:
     new = New(options["new"])
     if new is New.SPLIT and not 0 <= options["noise"] < 1:
         raise RecipeError("bad noise", expected="0 to below 1", found=str(options["noise"]))
-    trace = scene.trace
     _, layout = scene.gauge.walk(untied=scene.state.untied)
     follower = Follower(layout)
     chosen = _chosen(follower, layout, options)
-    sizes = {item.reach.atom: item.size for item in chosen}
-    axes: dict[str, tuple[GrownAxis, ...]] = {}
-    for value in layout.facts.parameters.values():
-        assert value.parameter is not None
-        axes[value.parameter] = tuple(grown_axis(layout.structure, axis, sizes) for axis in value.axes)
-    wanted = {name: shape for name in axes if (shape := _shape(axes[name])) != scene.shape(name)}
-
-    def accept(gauge: Gauge, patches: Sequence[Patch]) -> bool:
-        _, found = gauge.walk()
-        names = {alias: name for name, group in trace.aliases.items() for alias in group}
-        return same_but_for_sizes(trace, gauge.trace, found, axes, names, replaced(patches))
-
     lengths = {item.reach.size: item.size for item in chosen if item.reach.turned}
-    fit = fitted(scene.trial, trace, wanted, sizes_of(axes), accept, lengths)
-    fit, factors = corrected(scene.trial, fit, trace, layout, chosen)
+    found = rebuilt(scene.trial(), scene.trace, layout, chosen, lengths)
     fills: dict[int, Fill] = {}
     for item in chosen:
         alone = item.role is Role.RESIDUAL or item.reach.turned  # turned pairs differ in frequency
         kind = New.ZERO if alone else new
         fills[item.reach.atom] = fill(kind, item.reach.size, item.size, options["noise"], scene.random)
-    charts = {name: chart for name, chart in layout.facts.parameters}
     refits: dict[str, Refit] = {}
-    for name in wanted:
+    for name, shape in found.shapes.items():
         silent = [
             (axis, offset, item.reach.atom)
             for item in chosen
@@ -92,25 +71,20 @@ def plan_grow(scene: Scene, options: Mapping[str, Any]) -> Change:
             if held == name
         ]
         seed = int(torch.randint(1 << 62, (), generator=scene.random))
-        scales = {(axis, offset): f for (held, axis, offset), f in factors.items() if held == name}
         build = partial(
             grown,
-            axes=axes[name],
+            axes=found.axes[name],
             fills=fills,
             silent=silent,
-            scales=scales,
-            chart=charts[name],
+            scales=found.scales(name),
+            chart=found.charts[name],
             seed=seed,
         )
-        refits[name] = Refit(wanted[name], build)
+        refits[name] = Refit(shape, build)
     used = tuple(
         Used(f"{item.role}", "growth", item.size, 1, len(item.reach.sides), 0.0, 0.0) for item in chosen
     )
-    return Change(refits=refits, config=dict(fit.config), patches=fit.patches, used=used)
-
-
-def _shape(axes: tuple[GrownAxis, ...]) -> tuple[int, ...]:
-    return tuple(axis.size for axis in axes)
+    return Change(refits=refits, config=dict(found.fit.config), patches=found.fit.patches, used=used)
 
 
 def _chosen(follower: Follower, layout: Layout, options: Mapping[str, Any]) -> list[Growing]:
@@ -133,7 +107,7 @@ def _chosen(follower: Follower, layout: Layout, options: Mapping[str, Any]) -> l
             refusals.append(refusal)
             continue
         role = role_of(reach)
-        if role in wanted and _matches(reach, options["where"]):
+        if role in wanted and reach.named(options["where"]):
             found[role].append(reach)
     chosen: list[Growing] = []
     for role, held in found.items():
@@ -155,10 +129,6 @@ def _reason(role: Role, refusals: Sequence[Refused]) -> Refused | None:
     """What most likely kept an index set of this role from growing: a mean, for the residual stream."""
     means = [refusal for refusal in refusals if refusal.way_out is not None]
     return next(iter((*(means if role is Role.RESIDUAL else ()), *refusals)), None)
-
-
-def _matches(reach: Reach, pattern: str) -> bool:
-    return not pattern or any(fnmatch.fnmatchcase(name, pattern) for name, _, _ in reach.sides)
 
 
 def _sizes(text: str, role: Role, held: list[Reach]) -> list[tuple[Reach, int]]:
@@ -195,23 +165,6 @@ def _size(text: str, old: int, role: Role) -> int:
     if size <= old:
         raise RecipeError(f"growth makes larger: {role}", expected=f"more than {old}", found=str(size))
     return size
-
-
-def sizes_of(axes: Mapping[str, tuple[GrownAxis, ...]]) -> dict[int, set[int]]:
-    """Old sizes -> what each may become: of index sets, of neighbouring ones together, of whole axes."""
-    sizes: dict[int, set[int]] = {}
-    for axis in (axis for held in axes.values() for axis in held):
-        pairs = [(len(axis.old), axis.size)]
-        for leaf in axis.leaves:
-            counts = [(n, m) for _, n, _, m, _ in leaf.factors]
-            for first in range(len(counts)):
-                for last in range(first + 1, len(counts) + 1):
-                    before, after = zip(*counts[first:last], strict=True)
-                    pairs.append((math.prod(before), math.prod(after)))
-        for before, after in pairs:
-            if before != after:
-                sizes.setdefault(before, set()).add(after)
-    return sizes
 
 
 GROW = Move(

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from regauge.discover import Gauge
 from regauge.errors import Refused
-from regauge.growing.correct import Growing, corrected
-from regauge.growing.fit import fitted, replaced
+from regauge.growing.correct import Growing
 from regauge.growing.passing import Relation, relations
-from regauge.growing.reach import Reach
+from regauge.growing.rebuild import rebuilt
 from regauge.growing.roles import Role
-from regauge.growing.same import same_but_for_sizes
 from regauge.growing.search import Candidate, Search, candidates, level, silent_of
 from regauge.growing.shrink import shrunk
-from regauge.growing.sizes import GrownAxis, grown_axis
 from regauge.moves.base import Change, Move, Option, Preserves, Scene, Used
-from regauge.moves.grow import sizes_of
-from regauge.patches import Patch
 from regauge.plan import Refit
 from regauge.solve.layout import Layout
 
@@ -48,11 +41,7 @@ def plan_merge(scene: Scene, options: Mapping[str, Any]) -> Change:
     _, layout = scene.gauge.walk(untied=scene.state.untied)
     passed = list(relations(layout))
 
-    def matches(reach: Reach) -> bool:
-        names = [name for name, _, _ in reach.sides]
-        return not options["where"] or any(fnmatch.fnmatchcase(name, options["where"]) for name in names)
-
-    every = candidates(layout, passed, matches)
+    every = candidates(layout, passed, lambda reach: reach.named(options["where"]))
     look = partial(_found, scene, layout, passed)
     equal = options["keep"] == "equal"
     found = look(every, set(Role) if equal else set())
@@ -117,35 +106,24 @@ def _change(scene: Scene, layout: Layout, found: Sequence[Candidate]) -> Change:
         Refused: it cannot be rebuilt in these sizes, or a constant changes with them.
     """
     assert scene.trial is not None
-    trace = scene.trace
-    sizes = {item.reach.atom: len(item.kept) for item in found}
-    axes: dict[str, tuple[GrownAxis, ...]] = {}
-    for value in layout.facts.parameters.values():
-        assert value.parameter is not None
-        axes[value.parameter] = tuple(grown_axis(layout.structure, axis, sizes) for axis in value.axes)
-    shapes = {name: tuple(axis.size for axis in held) for name, held in axes.items()}
-    wanted = {name: shape for name, shape in shapes.items() if shape != scene.shape(name)}
-
-    def accept(gauge: Gauge, patches: Sequence[Patch]) -> bool:
-        _, after = gauge.walk()
-        names = {alias: name for name, group in trace.aliases.items() for alias in group}
-        return same_but_for_sizes(trace, gauge.trace, after, axes, names, replaced(patches))
-
-    fit = fitted(scene.trial, trace, wanted, sizes_of(axes), accept, {})
     shrinking = [Growing(item.reach, item.role, len(item.kept), ()) for item in found]
-    fit, factors = corrected(scene.trial, fit, trace, layout, shrinking)
-    charts = {name: chart for name, chart in layout.facts.parameters}
+    new = rebuilt(scene.trial(), scene.trace, layout, shrinking, {})
     goes = {item.reach.atom: item.goes for item in found}
     refits: dict[str, Refit] = {}
-    for name in dict.fromkeys((*wanted, *(name for name, _, _ in factors))):
-        scales = {(axis, offset): f for (held, axis, offset), f in factors.items() if held == name}
-        silent = silent_of(name, found)
-        build = partial(shrunk, axes=axes[name], goes=goes, silent=silent, scales=scales, chart=charts[name])
-        refits[name] = Refit(shapes[name], build)
+    for name, shape in new.shapes.items():
+        build = partial(
+            shrunk,
+            axes=new.axes[name],
+            goes=goes,
+            silent=silent_of(name, found),
+            scales=new.scales(name),
+            chart=new.charts[name],
+        )
+        refits[name] = Refit(shape, build)
     used = tuple(
         Used(f"{item.role}", "merge", len(item.kept), 1, len(item.reach.sides), 0.0, 0.0) for item in found
     )
-    return Change(refits=refits, config=dict(fit.config), patches=fit.patches, used=used)
+    return Change(refits=refits, config=dict(new.fit.config), patches=new.fit.patches, used=used)
 
 
 MERGE = Move(
