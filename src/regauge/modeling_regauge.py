@@ -195,15 +195,25 @@ class Convolution(nn.Module):
 
 
 class Affine(nn.Module):
-    """y[n, c, …] = g[c] · x[n, c, …] + b[c]; g or b may be absent."""
+    """y[n, c, …] = g[c] · x[n, c, …] + b[c], or y[…, c] = g[c] · x[…, c] + b[c] if ``last``; g or b may be
+    absent."""
 
-    def __init__(self, size: int, weight: bool, bias: bool, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        weight: bool,
+        bias: bool,
+        device: Any = None,
+        dtype: Any = None,
+        last: bool = False,
+    ) -> None:
         super().__init__()
+        self.last = last
         self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype)) if weight else None
         self.bias = nn.Parameter(torch.zeros(size, device=device, dtype=dtype)) if bias else None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        shape = (-1, *(1,) * (input.dim() - 2))
+        shape = (-1, *(1,) * (0 if self.last else input.dim() - 2))
         y = input if self.weight is None else input * self.weight.reshape(shape)
         return y if self.bias is None else y + self.bias.reshape(shape)
 
@@ -231,6 +241,7 @@ MODULES: dict[str, Any] = {
     "complex-linear": ComplexLinear,
     "convolution": Convolution,
     "affine": Affine,
+    "affine-last": functools.partial(Affine, last=True),
     "identity": Identity,
     "embedding": embedding,
 }

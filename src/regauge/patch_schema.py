@@ -30,6 +30,7 @@ FIELDS: Mapping[str, Mapping[str, type]] = {
     "complex-linear": {"inputs": int, "outputs": int, "bias": bool},
     "convolution": {**_CONVOLUTION, "dilation": list, "groups": int, "bias": bool, "pad": bool},
     "affine": {"size": int, "weight": bool, "bias": bool},
+    "affine-last": {"size": int, "weight": bool, "bias": bool},
     "identity": {},
     "embedding": {"rows": int, "size": int, "padding": object},
     "parameter": {"shape": tuple},

@@ -69,6 +69,12 @@ def module_path(node: fx.Node) -> str:
     return plain_path(next(reversed(stack.values()))[0])
 
 
+def module_stack(node: fx.Node) -> list[tuple[str, str]]:
+    """Path and qualified class of every module an operation lies in, the model itself first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [(plain_path(path), str(kind)) for path, kind in stack.values()]
+
+
 def plain_path(path: Any) -> str:
     """A path of the exporter as the model has it; empty for the model itself."""
     path = str(path).removeprefix("L['self'].")

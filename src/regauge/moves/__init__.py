@@ -18,6 +18,7 @@ from regauge.moves.residual import CENTER
 from regauge.moves.rotate import BALANCE_HEADS, ROTATE
 from regauge.moves.structure import ADD_BIAS, STRIP
 from regauge.moves.tying import TIE, UNTIE
+from regauge.moves.upgrade import UPGRADE
 
 _ALL = (
     UNTIE,
@@ -32,6 +33,7 @@ _ALL = (
     DROP_KEY_BIAS,
     CENTER,
     STRIP,
+    UPGRADE,
     COMPLEX,
     ROTATE,
     RESCALE,

@@ -1,42 +1,23 @@
-"""Batch normalisation at inference is an affine map, and mostly none at all."""
+"""A norm with running statistics, such as batch normalisation, is an affine map at inference, mostly none."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
 
 from regauge.errors import Refused
 from regauge.interpret import op_name
+from regauge.moves.affine import AffineModule, affine_modules
 from regauge.moves.base import Change, Move, Option, Preserves, Scene
-from regauge.moves.forward import absorb, find_reader, pads
-from regauge.patches import Patch, Replaceable, own_parameter, plain_modules, replaceable
+from regauge.moves.forward import absorb, find_readers, pads
+from regauge.patches import Patch, Replaceable, replaceable
 from regauge.plan import Made, Step
 from regauge.steps import AffineStep
 
 HOMOGENEOUS = ("aten.relu", "aten.leaky_relu", "aten.relu_")
 """f(a x) = a f(x) for a > 0, entry by entry."""
-
-
-_FORMS = (["aten.batch_norm"], ["aten._native_batch_norm_legit_no_training", "getitem"])
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A batch norm in a module of its own, with its parameters by role; ``node`` and ``result`` are the
-    operation and its value."""
-
-    node: fx.Node
-    result: fx.Node
-    path: str
-    weight: str | None
-    bias: str | None
-    mean: str
-    variance: str
-    eps: float
 
 
 def plan_fold_batchnorm(scene: Scene, options: Mapping[str, Any]) -> Change:
@@ -49,6 +30,9 @@ def plan_fold_batchnorm(scene: Scene, options: Mapping[str, Any]) -> Change:
       :mod:`regauge.moves.forward`: where that pads nothing, or with ``forward=padded`` by padding values.
     - otherwise y[c] = a′[c] x[c] + h′[c] stays, without statistics.
 
+    What is said of batch norms holds for every norm that divides by stored statistics, see
+    :mod:`regauge.moves.affine`, features on the last axis included.
+
     Source: Jacob et al., arXiv 1712.05877, section 3.2, for the first.
     """
     modules = replaceable(scene.trace)
@@ -57,12 +41,11 @@ def plan_fold_batchnorm(scene: Scene, options: Mapping[str, Any]) -> Change:
     made: dict[str, Made] = {}
     drops: set[str] = set()
     patches: dict[str, Patch] = {}
-    left: list[tuple[_Found, torch.Tensor, torch.Tensor]] = []
-    for found in _batch_norms(scene):
-        scale, shift = _affine(scene, found)
+    left: list[tuple[AffineModule, torch.Tensor, torch.Tensor]] = []
+    for found in affine_modules(scene):
+        scale, shift = found.scale, found.shift
         writer, through = _writer(found, by_node)
-        own = {name for name in (found.weight, found.bias, found.mean, found.variance) if name is not None}
-        drops |= own | {name for name in scene.trace.buffers.values() if name.startswith(f"{found.path}.")}
+        drops |= set(found.own)
         if writer is not None and (not through or bool((scale > 0).all())):
             _into(writer, scale, None if through else shift, steps, made, patches)
             scale, shift = torch.ones_like(scale), shift if through else torch.zeros_like(shift)
@@ -76,18 +59,19 @@ def plan_fold_batchnorm(scene: Scene, options: Mapping[str, Any]) -> Change:
 
     for found, scale, shift in left:
         has = {"weight": bool((scale != 1).any()), "bias": bool((shift != 0).any())}
-        reader = find_reader(found.result, scale, by_node) if any(has.values()) else None
-        if reader is not None and _may_absorb(reader, scale, str(options["forward"])):
-            absorb(reader, scale, shift, read, steps, made, patches)
+        readers = find_readers(found.result, scale, by_node, found.axis) if any(has.values()) else []
+        if readers and all(_may_absorb(reader, scale, str(options["forward"])) for reader in readers):
+            for reader in readers:
+                absorb(reader, scale, shift, read, steps, made, patches)
             has = dict.fromkeys(has, False)
         patches[found.path] = (
-            {"path": found.path, "module": "affine", "size": len(scale), **has}
+            {"path": found.path, "module": _kept(found), "size": len(scale), **has}
             if any(has.values())
             else {"path": found.path, "module": "identity"}
         )
         for leaf, value in (("weight", scale), ("bias", shift)):
             if has[leaf]:
-                made[f"{found.path}.{leaf}"] = Made((len(scale),), found.mean, lambda _, value=value: value)
+                made[f"{found.path}.{leaf}"] = Made((len(scale),), found.own[0], lambda _, value=value: value)
     if not patches:
         raise Refused(
             "there is no batch norm to fold",
@@ -103,48 +87,34 @@ def plan_fold_batchnorm(scene: Scene, options: Mapping[str, Any]) -> Change:
     )
 
 
-def _batch_norms(scene: Scene) -> list[_Found]:
-    trace = scene.trace
-    found: list[_Found] = []
-    for path, nodes in plain_modules(trace).items():
-        if nodes[0].kwargs or [op_name(node) for node in nodes] not in _FORMS:
-            continue
-        _, *given = nodes[0].args[:5]
-        training, eps = (nodes[0].args[5], nodes[0].args[7]) if len(nodes) == 1 else (False, nodes[0].args[6])
-        weight, bias, mean, variance = names = [own_parameter(trace, path, arg) for arg in given]
-        alone = all(name is not None or arg is None for name, arg in zip(names, given, strict=True))
-        if training or not alone or mean is None or variance is None:
-            continue
-        found.append(_Found(nodes[0], nodes[-1], path, weight, bias, mean, variance, float(eps)))  # type: ignore[arg-type]
-    return found
+def _kept(found: AffineModule) -> str:
+    """What stays: a map of axis 1, or of the last one."""
+    if found.axis == 1:
+        return "affine"
+    if found.axis == found.source.meta["val"].dim() - 1:
+        return "affine-last"
+    raise Refused(
+        "a norm whose statistics are constants cannot be folded here",
+        node=f"{found.result.name} in {found.path}",
+        expected="channels on axis 1 or on the last axis",
+        found=f"axis {found.axis}",
+    )
 
 
-def _affine(scene: Scene, found: _Found) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and shift, float64."""
-    mean, variance = (scene.read(name).to(torch.float64) for name in (found.mean, found.variance))
-    scale = torch.rsqrt(variance + found.eps)
-    if found.weight is not None:
-        scale = scale * scene.read(found.weight).to(torch.float64)
-    shift = -mean * scale
-    if found.bias is not None:
-        shift = shift + scene.read(found.bias).to(torch.float64)
-    return scale, shift
-
-
-def _writer(found: _Found, by_node: Mapping[str, Replaceable]) -> tuple[Replaceable | None, bool]:
+def _writer(found: AffineModule, by_node: Mapping[str, Replaceable]) -> tuple[Replaceable | None, bool]:
     """The map whose output only the batch norm reads, if there is one, and whether through a rectifier."""
-    node, through = found.node.args[0], False
-    while isinstance(node, fx.Node) and len(node.users) == 1:
+    node, through = found.source, False
+    while len(node.users) == 1:
         module = by_node.get(node.name)
         if module is not None:
             positions = len(module.patch.get("kernel", ()))
             channel = node.meta["val"].dim() - 1 - positions
             linear = module.patch["module"] in ("linear", "convolution")
-            good = linear and len(module.nodes) == 1 and channel == 1
+            good = linear and len(module.nodes) == 1 and channel == found.axis
             return (module if good else None), through
         if op_name(node) not in HOMOGENEOUS:
             break
-        node, through = node.args[0], True
+        (node,), through = node.all_input_nodes, True
     return None, through
 
 

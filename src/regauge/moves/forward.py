@@ -16,31 +16,41 @@ MAX_POOL = {"aten.max_pool1d": 1, "aten.max_pool2d": 2, "aten.max_pool3d": 3}
 """Operation -> how many axes of positions it pools over."""
 
 
-def find_reader(node: fx.Node, scale: torch.Tensor, by_node: Mapping[str, Replaceable]) -> Replaceable | None:
-    """The one map that reads y[n, c, …] = a[c] x[n, c, …] + h[c], directly or through max pooling; or None.
+def find_readers(
+    node: fx.Node, scale: torch.Tensor, by_node: Mapping[str, Replaceable], axis: int = 1
+) -> list[Replaceable]:
+    """The maps that alone read y = a[c] x + h[c], directly or through max pooling; empty if others do.
 
     max_k (a[c] x[k] + h[c]) = a[c] max_k x[k] + h[c] for a[c] > 0, so the affine map may stand behind the
     pooling. Max pooling pads with −∞, which stays −∞.
 
     Args:
-        node: what computes y, channels on axis 1.
+        node: what computes y.
         scale: a, float64.
         by_node: name of an operation -> the replaceable module it is.
+        axis: of y that c counts.
     """
-    while len(node.users) == 1:
-        (user,) = node.users
+    while True:
         axes = node.meta["val"].dim()
-        module = by_node.get(user.name)
-        if module is not None:
-            data = 1 if op_name(user) == "aten.addmm" else 0
-            plain = module.patch["module"] in ("linear", "convolution") and len(module.nodes) == 1
-            channels = axes == 2 + len(module.patch.get("kernel", ())) and user.args[data] is node
-            return module if plain and channels else None
-        pools = user.op == "call_function" and MAX_POOL.get(op_name(user)) == axes - 2
-        if not pools or not bool((scale > 0).all()):
-            break
+        found = [_reader(user, node, axis, by_node.get(user.name)) for user in node.users]
+        readers = [reader for reader in found if reader is not None]
+        if readers or not found:
+            return readers if len(readers) == len(found) else []
+        (user, *more) = node.users
+        pools = user.op == "call_function" and axis == 1 and MAX_POOL.get(op_name(user)) == axes - 2
+        if more or not pools or not bool((scale > 0).all()):
+            return []
         node = user
-    return None
+
+
+def _reader(user: fx.Node, node: fx.Node, axis: int, module: Replaceable | None) -> Replaceable | None:
+    """The module, if it is a map of the channels that reads nothing but this value, once."""
+    if module is None or module.patch["module"] not in ("linear", "convolution") or len(module.nodes) != 1:
+        return None
+    positions = len(module.patch.get("kernel", ()))
+    data = 1 if op_name(user) == "aten.addmm" else 0
+    channels = axis == node.meta["val"].dim() - 1 - positions and user.args[data] is node
+    return module if channels else None
 
 
 def pads(reader: Replaceable) -> bool:
