@@ -56,9 +56,10 @@ def make_plan(
         structure changed.
 
     Raises:
-        Refused: a move does not exist for this model.
+        Refused: a move does not exist for this model and is not optional, or none of them does.
     """
     rewrite, state, first = Rewrite(), State(), gauge
+    refused: Refused | None = None
     for place, spec in enumerate(recipe.moves):
         if progress is not None:
             progress(spec.name)
@@ -78,7 +79,13 @@ def make_plan(
             unscale_config=_called(unscale_config, now),
             tie_config=_called(tie_config, now),
         )
-        change = _composed(rewrite, move.plan(scene, options))
+        try:
+            change = _composed(rewrite, move.plan(scene, options))
+        except Refused as error:
+            if not spec.optional:
+                raise
+            refused = error
+            continue
         before, rewrite = rewrite, _taken(rewrite, change.takes)
         used = [asdict(item) | {"move": spec.name, "place": place} for item in change.used]
         rewrite = Rewrite(
@@ -107,6 +114,8 @@ def make_plan(
                     found=error.found or error.message,
                 ) from error
             state = State(False, frozenset(state.folded & gauge.trace.shapes.keys()))
+    if refused is not None and not rewrite.recipe:
+        raise refused
     if rewrite.patches:
         known = {path: dict(module.patch) for path, module in replaceable(first.trace).items()}
         patches = tuple(patch for patch in rewrite.patches if known.get(patch["path"]) != patch)

@@ -25,12 +25,14 @@ class MoveSpec(BaseModel):
     Attributes:
         name: a name of ``regauge moves``.
         options: its options; those left out have their default values.
+        optional: the move is left out where it is refused.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
+    optional: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -40,7 +42,8 @@ class MoveSpec(BaseModel):
             return {"name": value}
         if isinstance(value, Mapping) and "options" not in value:
             given: dict[Any, Any] = dict(cast(Mapping[Any, Any], value))
-            return {"name": given.pop("name", None), "options": given}
+            name, optional = given.pop("name", None), given.pop("optional", False)
+            return {"name": name, "options": given, "optional": optional}
         return value
 
     def __str__(self) -> str:
@@ -173,7 +176,7 @@ def check_move(spec: MoveSpec) -> MoveSpec:
                 way_out="`regauge moves` lists the options",
             )
         values[key] = _convert(spec.name, key, value, known_options[key])
-    return MoveSpec(name=spec.name, options=values)
+    return MoveSpec(name=spec.name, options=values, optional=spec.optional)
 
 
 def _convert(move: str, key: str, value: Any, option: Any) -> Any:

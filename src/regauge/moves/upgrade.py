@@ -48,9 +48,8 @@ class _Work:
         if module.weight is None and factor != 1:
             plain["weight"] = True
             size = module.patch["size"]
-            self.make(
-                f"{module.path}.weight", torch.full((size,), factor, dtype=torch.float64), self.like(module)
-            )
+            ones = torch.ones(size, dtype=torch.float64)
+            self.make(f"{module.path}.weight", ones * factor, self.like(module))
         offset = module.chart * factor
         self.patches.append({"path": module.path, "module": kind, **plain, "offset": offset, **more})
 
@@ -73,7 +72,7 @@ def _seed(work: _Work, module: Replaceable) -> None:
 
 def _gated(work: _Work, module: Replaceable) -> None:
     """sigmoid(U silu(D z)) ⊙ z with U = 0: the gate is 1/2, and z = 2 (g ⊙ x̂ + b)."""
-    rank, size = int(work.options["rank"]), module.patch["size"]
+    rank, size = work.options["rank"], module.patch["size"]
     if rank < 1:
         raise Refused("a gate needs a rank", expected="1 or more", found=str(rank))
     work.norm(module, "gated-norm", 2.0, rank=rank)
@@ -140,12 +139,9 @@ def _branched(work: _Work, module: Replaceable) -> None:
         for reader in _readers(work, node):
             assert reader.weight is not None
             work.patches.append({**reader.patch, "module": "scaled-linear"})
+            ones = torch.ones(reader.patch["outputs"], dtype=torch.float64)
             work.make(f"{reader.path}.inside", gain, reader.weight)
-            work.make(
-                f"{reader.path}.outside",
-                torch.ones(reader.patch["outputs"], dtype=torch.float64),
-                reader.weight,
-            )
+            work.make(f"{reader.path}.outside", ones, reader.weight)
 
 
 def _readers(work: _Work, name: str) -> list[Replaceable]:
@@ -199,9 +195,7 @@ def plan_upgrade(scene: Scene, options: Mapping[str, Any]) -> Change:
     norms = {path: module for path, module in modules.items() if module.patch["module"] == "norm"}
     norms = {path: module for path, module in norms.items() if module.patch["form"] in ("rms", "layer")}
     pattern = str(options["where"])
-    chosen = {
-        path: module for path, module in norms.items() if not pattern or fnmatch.fnmatchcase(path, pattern)
-    }
+    chosen = {path: norms[path] for path in norms if not pattern or fnmatch.fnmatchcase(path, pattern)}
     if not pattern:
         _check_all(scene, norms)
     work = _Work(scene, options, {node: m for m in modules.values() for node in m.nodes})
@@ -216,8 +210,7 @@ def plan_upgrade(scene: Scene, options: Mapping[str, Any]) -> Change:
     if not work.patches:
         raise Refused(
             "there is no norm to upgrade here",
-            expected="a LayerNorm or RMSNorm in a module of its own"
-            + (f" like {pattern}" if pattern else ""),
+            expected=f"a LayerNorm or RMSNorm in a module of its own{pattern and f' like {pattern}'}",
             found=", ".join(norms) or "none",
         )
     return Change(
@@ -249,6 +242,6 @@ UPGRADE = Move(
     {
         "norm": Option(str, "seednorm", "what every norm becomes", tuple(KINDS)),
         "where": Option(str, "", "only the modules whose path matches, as *.layers.3.*"),
-        "rank": Option(float, 16.0, "gatednorm: rows of the map to the gate"),
+        "rank": Option(int, 16, "gatednorm: rows of the map to the gate"),
     },
 )
