@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from regauge.moves.base import Change, Move, Option, Preserves, Scene, State, Used
 from regauge.moves.batchnorm import FOLD_BATCHNORM
 from regauge.moves.branch import FOLD_LAYER_SCALE
+from regauge.moves.collapse import COLLAPSE
 from regauge.moves.complex import COMPLEX
 from regauge.moves.depth import INSERT_LAYERS
 from regauge.moves.embedding import FOLD_EMBEDDING_SCALE
@@ -34,6 +35,7 @@ _ALL = (
     CENTER,
     STRIP,
     UPGRADE,
+    COLLAPSE,
     COMPLEX,
     ROTATE,
     RESCALE,

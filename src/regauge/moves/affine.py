@@ -1,4 +1,4 @@
-"""Modules that are an affine map of each channel because their statistics are constants.
+"""Modules that are an affine map of each channel, alone or after a norm or a linear map.
 
 Batch normalisation at inference is one; so is every norm that divides by running statistics. What a module is
 follows from its operations: each is followed as a constant, or as scale · x + shift.
@@ -7,7 +7,7 @@ follows from its operations: each is followed as a constant, or as scale · x + 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,33 +16,66 @@ from torch import fx
 from regauge.interpret import op_name
 from regauge.moves.base import Scene
 from regauge.patches import PLAIN
+from regauge.primitive import CASTS, SILENT
 from regauge.trace import Trace, module_path, module_stack
 
 
 @dataclass(frozen=True)
 class AffineModule:
-    """y[…, c, …] = scale[c] · x[…, c, …] + shift[c], in a module of its own.
+    """A module of its own that computes y = scale · z + shift.
 
     Attributes:
         path: of the module.
         source, result: x and y.
-        axis: of x that c counts.
-        scale, shift: float64.
+        scale, shift: float64, with as many axes as x.
+        norm: z is the norm (form, size, eps) of x over its last axis; None: it is x.
+        weight: z is W x over its last axis, W [out, in]; None: it is x.
         own: parameters and buffers of the module by state-dict name, the first floating.
     """
 
     path: str
     source: fx.Node
     result: fx.Node
-    axis: int
     scale: torch.Tensor
     shift: torch.Tensor
+    norm: tuple[str, int, float] | None
+    weight: torch.Tensor | None
     own: tuple[str, ...]
 
+    @property
+    def axis(self) -> int | None:
+        """The one axis of x along which scale and shift differ, if it is one."""
+        held = (self.scale, self.shift)
+        axes = {axis for tensor in held for axis, size in enumerate(tensor.shape) if size > 1}
+        if not axes and self.result.meta["val"].shape[1] == 1:
+            return 1
+        return axes.pop() if len(axes) == 1 else None
 
-def affine_modules(scene: Scene) -> list[AffineModule]:
-    """Every module that computes such a map from parameters and buffers of its own, roots among them."""
-    return list(_found(scene))
+    def along(self, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and shift for each entry of y along its only axis, or along ``axis`` where all are alike."""
+        size = self.result.meta["val"].shape[axis]
+        scale, shift = (tensor.flatten().expand(size).contiguous() for tensor in (self.scale, self.shift))
+        return scale, shift
+
+
+def affine_modules(scene: Scene, wanted: Callable[[frozenset[str]], bool]) -> Iterator[AffineModule]:
+    """Every module that computes such a map from parameters and buffers of its own.
+
+    Args:
+        wanted: from the names of its operations, whether a module is looked at.
+    """
+    trace = scene.trace
+    for path, nodes in _outermost(trace).items():
+        if not wanted(frozenset(map(op_name, nodes))):
+            continue
+        own = _own(trace, path)
+        if not own:
+            continue
+        try:
+            source, result, value = _Walk(scene, nodes).run()
+        except _Other:
+            continue
+        yield AffineModule(path, source, result, value.scale, value.shift, value.norm, value.weight, own)
 
 
 def _outermost(trace: Trace) -> dict[str, list[fx.Node]]:
@@ -56,27 +89,6 @@ def _outermost(trace: Trace) -> dict[str, list[fx.Node]]:
                 inside.setdefault(path, []).append(node)
                 break
     return inside
-
-
-def _found(scene: Scene) -> Iterator[AffineModule]:
-    trace = scene.trace
-    for path, nodes in _outermost(trace).items():
-        own = _own(trace, path)
-        if own is None or not own:
-            continue
-        try:
-            walk = _Walk(scene, nodes)
-            source, result, value = walk.run()
-        except _Other:
-            continue
-        shape = result.meta["val"].shape
-        held = (value.scale, value.shift)
-        axes = {axis for tensor in held for axis, size in enumerate(tensor.shape) if size > 1}
-        if len(axes) != 1 or not walk.roots or shape != source.meta["val"].shape:
-            continue
-        (axis,) = axes
-        scale, shift = (tensor.flatten().expand(shape[axis]).contiguous() for tensor in held)
-        yield AffineModule(path, source, result, axis, scale, shift, own)
 
 
 def _own(trace: Trace, path: str) -> tuple[str, ...] | None:
@@ -96,10 +108,16 @@ def _own(trace: Trace, path: str) -> tuple[str, ...] | None:
 
 @dataclass(frozen=True)
 class _Affine:
-    """scale · x + shift; both have as many axes as x."""
+    """scale · x + shift; both have as many axes as x. With ``norm`` (form, size, eps) x is normalised first,
+    with ``weight`` [out, in] it is W x instead of x."""
 
     scale: torch.Tensor
     shift: torch.Tensor
+    norm: tuple[str, int, float] | None = None
+    weight: torch.Tensor | None = None
+
+    def times(self, factor: Any) -> _Affine:
+        return replace(self, scale=self.scale * factor, shift=self.shift * factor)
 
 
 class _Other(Exception):
@@ -125,9 +143,6 @@ _CONSTANT: dict[str, Callable[..., torch.Tensor]] = {
 }
 """What is computed from parameters alone."""
 _BATCH_NORM = "aten._native_batch_norm_legit_no_training"
-_ROOTS = ("aten.rsqrt", "aten.sqrt", "aten.pow", "aten.batch_norm", _BATCH_NORM)
-"""What turns a variance into a scale; a module without one is a gain, and no norm."""
-_CASTS = ("aten.to", "aten._to_copy", "aten.type_as", "aten.alias", "aten.contiguous", "aten.clone")
 _MOVES = {"aten.transpose": torch.transpose, "aten.permute": torch.permute}
 
 
@@ -139,7 +154,6 @@ class _Walk:
         self.names = {**scene.trace.parameters, **scene.trace.buffers}
         self.source: fx.Node | None = None
         self.values: dict[fx.Node, Any] = {}
-        self.roots = any(op_name(node) in _ROOTS for node in nodes)
 
     def run(self) -> tuple[fx.Node, fx.Node, _Affine]:
         """What enters, what leaves, and the map between them.
@@ -149,13 +163,15 @@ class _Walk:
         """
         leaving: list[fx.Node] = []
         for node in self.nodes:
+            if op_name(node) in SILENT:
+                continue
             self.values[node] = self._do(node)
             if any(user not in self.inside for user in node.users):
                 leaving.append(node)
         if len(leaving) != 1 or self.source is None:
             raise _Other
         value = self.values[leaving[0]]
-        if not isinstance(value, _Affine) or any(not node.users for node in self.nodes):
+        if not isinstance(value, _Affine) or any(not node.users for node in self.values):
             raise _Other
         return self.source, leaving[0], value
 
@@ -178,7 +194,7 @@ class _Walk:
     def _do(self, node: fx.Node) -> Any:
         name = op_name(node)
         args = [self._value(arg) for arg in node.args]
-        if name in _CASTS:
+        if name in (*CASTS, "aten.contiguous", "aten.clone"):
             if not node.meta["val"].is_floating_point():
                 raise _Other
             return args[0]
@@ -192,17 +208,24 @@ class _Walk:
                 raise _Other
             return _CONSTANT[name](*args)
         if name in _MOVES and isinstance(first, _Affine):
-            return _Affine(*(_MOVES[name](held, *args[1:]) for held in (first.scale, first.shift)))
+            scale, shift = (_MOVES[name](held, *args[1:]) for held in (first.scale, first.shift))
+            if first.norm is not None or first.weight is not None:
+                raise _Other
+            return _Affine(scale, shift)
         if name == "aten.batch_norm" and isinstance(first, _Affine) and not args[5]:
             return _normed(first, *args[1:5], eps=args[7])
         if name == _BATCH_NORM and isinstance(first, _Affine):
             return (_normed(first, *args[1:5], eps=args[6]),)
+        if name in ("aten.layer_norm", "aten.rms_norm") and isinstance(first, _Affine):
+            return _normalised(name, first, *args[1:])
+        if name == "aten.linear" and isinstance(first, _Affine):
+            return _mapped(first, *args[1:])
         return _arithmetic(name, args)
 
 
 def _normed(x: _Affine, gain: Any, shift: Any, mean: Any, variance: Any, *, eps: float) -> _Affine:
     """(s x + h − m) · g / sqrt(v + eps) + b, channels on axis 1."""
-    if mean is None or variance is None:
+    if mean is None or variance is None or x.norm is not None or x.weight is not None:
         raise _Other
     factor = torch.rsqrt(variance + eps) * (1.0 if gain is None else gain)
     offset = -mean * factor + (0.0 if shift is None else shift)
@@ -218,18 +241,46 @@ def _arithmetic(name: str, args: list[Any]) -> _Affine:
     a, b = args
     if name in ("aten.add", "aten.sub"):
         sign = 1.0 if name == "aten.add" else -1.0
-        left, right = _map(a), _map(b)
-        return _Affine(left.scale + sign * right.scale, left.shift + sign * right.shift)
+        if isinstance(a, _Affine) and isinstance(b, _Affine):
+            if (a.norm, b.norm, a.weight, b.weight) != (None,) * 4:
+                raise _Other
+            return _Affine(a.scale + sign * b.scale, a.shift + sign * b.shift)
+        if isinstance(a, _Affine):
+            return replace(a, shift=a.shift + sign * b)
+        return replace(b.times(sign), shift=a + sign * b.shift)
     if name == "aten.mul" and not (isinstance(a, _Affine) and isinstance(b, _Affine)):
         x, c = (a, b) if isinstance(a, _Affine) else (b, a)
-        return _Affine(x.scale * c, x.shift * c)
+        return x.times(c)
     if name == "aten.div" and isinstance(a, _Affine) and not isinstance(b, _Affine):
-        return _Affine(a.scale / b, a.shift / b)
+        return a.times(1.0 / b)
     raise _Other
 
 
-def _map(value: Any) -> _Affine:
-    if isinstance(value, _Affine):
-        return value
-    held = torch.as_tensor(value, dtype=torch.float64)
-    return _Affine(torch.zeros_like(held), held)
+def _normalised(name: str, x: _Affine, shape: Any, *rest: Any) -> _Affine:
+    """A norm over the last axis of what enters, as it enters."""
+    if bool((x.scale != 1).any()) or bool((x.shift != 0).any()) or x.norm or x.weight is not None:
+        raise _Other
+    gain, shift, eps = (*rest, *(None, None, 1e-5)[len(rest) :]) if name == "aten.layer_norm" else _rms(rest)
+    if len(shape) != 1 or eps is None:
+        raise _Other
+    one = torch.ones((1,) * x.scale.dim(), dtype=torch.float64)
+    form = "layer" if name == "aten.layer_norm" else "rms"
+    scale = one if gain is None else one * gain
+    return _Affine(scale, one * 0.0 if shift is None else one * shift, (form, int(shape[0]), float(eps)))
+
+
+def _rms(rest: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+    gain, eps = (*rest, *(None, None)[len(rest) :])
+    return gain, None, eps
+
+
+def _mapped(x: _Affine, weight: Any, bias: Any = None) -> _Affine:
+    """W (s ⊙ x + h) + b = (W diag(s)) x + (W h + b)."""
+    if x.norm is not None or x.weight is not None or getattr(weight, "ndim", 0) != 2:
+        raise _Other
+    before = [tensor.reshape(-1).expand(weight.shape[1]) for tensor in (x.scale, x.shift)]
+    if any(size != 1 for tensor in (x.scale, x.shift) for size in tensor.shape[:-1]):
+        raise _Other
+    shift = weight @ before[1] + (0.0 if bias is None else bias)
+    one = torch.ones((1,) * x.scale.dim(), dtype=torch.float64)
+    return _Affine(one, one * shift, None, weight * before[0])

@@ -41,15 +41,19 @@ def plan_fold_batchnorm(scene: Scene, options: Mapping[str, Any]) -> Change:
     made: dict[str, Made] = {}
     drops: set[str] = set()
     patches: dict[str, Patch] = {}
-    left: list[tuple[AffineModule, torch.Tensor, torch.Tensor]] = []
-    for found in affine_modules(scene):
-        scale, shift = found.scale, found.shift
+    left: list[tuple[AffineModule, int, torch.Tensor, torch.Tensor]] = []
+    for found in affine_modules(scene, _has_root):
+        axis = found.axis
+        same = found.source.meta["val"].shape == found.result.meta["val"].shape
+        if axis is None or not same or found.norm is not None or found.weight is not None:
+            continue
+        scale, shift = found.along(axis)
         writer, through = _writer(found, by_node)
         drops |= set(found.own)
         if writer is not None and (not through or bool((scale > 0).all())):
             _into(writer, scale, None if through else shift, steps, made, patches)
             scale, shift = torch.ones_like(scale), shift if through else torch.zeros_like(shift)
-        left.append((found, scale, shift))
+        left.append((found, axis, scale, shift))
 
     def read(name: str) -> torch.Tensor:
         value = made[name].value(scene.read) if name in made else scene.read(name).to(torch.float64)
@@ -57,9 +61,9 @@ def plan_fold_batchnorm(scene: Scene, options: Mapping[str, Any]) -> Change:
             value = step.apply(value)
         return value
 
-    for found, scale, shift in left:
+    for found, axis, scale, shift in left:
         has = {"weight": bool((scale != 1).any()), "bias": bool((shift != 0).any())}
-        readers = find_readers(found.result, scale, by_node, found.axis) if any(has.values()) else []
+        readers = find_readers(found.result, scale, by_node, axis) if any(has.values()) else []
         if readers and all(_may_absorb(reader, scale, str(options["forward"])) for reader in readers):
             for reader in readers:
                 absorb(reader, scale, shift, read, steps, made, patches)
@@ -85,6 +89,19 @@ def plan_fold_batchnorm(scene: Scene, options: Mapping[str, Any]) -> Change:
         drops=frozenset(drops),
         patches=tuple(patches.values()),
     )
+
+
+ROOTS = frozenset(
+    (
+        *("aten.rsqrt", "aten.sqrt", "aten.pow", "aten.batch_norm"),
+        "aten._native_batch_norm_legit_no_training",
+    )
+)
+"""What turns a variance into a scale; a module without one is a gain, and no norm."""
+
+
+def _has_root(names: frozenset[str]) -> bool:
+    return bool(names & ROOTS) and not names & {"aten.linear", "aten.layer_norm", "aten.rms_norm"}
 
 
 def _kept(found: AffineModule) -> str:
