@@ -85,7 +85,7 @@ ENTRIES: dict[str, Case] = {
     "where a fixed vector": between(lambda h: torch.where(ROWS, h, FIXED), NOTHING),
     "where of two": gained(lambda h, g: torch.where(ROWS, h, g), ONES),
     "where by sign": between(lambda h: torch.where(h > 0, h, 2 * h), PERM),
-    "full of a parameter": gained(lambda h, g: h + torch.zeros_like(h) + torch.ones_like(h), ONES),
+    "full of a parameter": gained(lambda h, g: h + torch.zeros_like(g) + torch.ones_like(g), ONES),
     "new full": between(lambda h: h + torch.full_like(h, 2.0), ONES),
     "only a shape": between(lambda h: h + torch.zeros_like(torch.empty_like(h)), LINEAR),
     # along an axis

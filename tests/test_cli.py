@@ -251,6 +251,28 @@ def test_bad_usage_ends_with_two(llama: Path, args: list[str], says: str) -> Non
     assert says in words(_refused(llama, *args).stderr)
 
 
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--layers", "+1", "--where", "*.0.*"], "--where says nothing here"),
+        (["--neurons", "+2", "--stack", "model.layers"], "--stack says nothing here"),
+        (["--neurons", "9" * 20], "too many neurons"),
+        ([], "say what is to grow"),
+    ],
+)
+def test_bad_usage_of_grow_ends_with_two(llama: Path, tmp_path: Path, args: list[str], says: str) -> None:
+    result = run("grow", llama, tmp_path / "out", *args)
+    assert result.exit_code == 2, result.output
+    assert says in words(result.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "regauge", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "grow" in done.stdout
+
+
 def test_an_unknown_key_in_a_recipe_ends_with_two(llama: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("moves: [permute]\nsed: 3\n")

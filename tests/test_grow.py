@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from regauge.api import load, rewrite
+from regauge.api import load, rewrite, rewrite_module
 from regauge.errors import RecipeError, Refused
 from test_end_to_end import build, go
 from test_patches import distance, outputs
@@ -91,6 +91,8 @@ REFUSED: tuple[tuple[str, dict[str, Any], type[Exception], str], ...] = (
     ("llama", {"neurons": "+2", "where": "nowhere.*"}, Refused, "there are no neurons"),
     ("llama", {"neurons": "10"}, RecipeError, "more than 20"),
     ("llama", {"neurons": "many"}, RecipeError, "a number, or"),
+    ("llama", {"neurons": "9" * 20}, RecipeError, "too many neurons"),
+    ("llama", {"neurons": "+2", "noise": 7.0}, RecipeError, "below 1"),
     ("llama", {}, RecipeError, "nothing is to grow"),
     ("llama", {"neurons": "+2", "new": "split", "noise": 1.0}, RecipeError, "below 1"),
 )
@@ -104,6 +106,36 @@ def test_refused(case: Any, tmp_path: Path) -> None:
     with pytest.raises(error, match=text):
         rewrite(tmp_path / "source", tmp_path / "out", {"moves": [{"name": "grow", **sizes}]})
     assert not (tmp_path / "out").exists()
+
+
+WHOLE = {
+    "torch.tensor": lambda n: torch.sqrt(torch.tensor(n)),
+    "torch.full": lambda n: torch.full((), n).sqrt(),
+    "torch.linspace": lambda n: torch.linspace(1, n, 4)[:, None, None],
+}
+
+
+class Attention(torch.nn.Module):
+    """Scores are divided by what a function makes of the size of a key."""
+
+    def __init__(self, divisor: Any) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (torch.nn.Linear(8, 8) for _ in range(4))
+        self.divisor = divisor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (m(x).unflatten(-1, (4, -1)).transpose(1, 2) for m in (self.q, self.k, self.v))
+        scores = q @ k.transpose(-1, -2) / self.divisor(q.shape[-1])
+        return self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_size_in_a_tensor_of_whole_numbers_is_seen(name: str) -> None:
+    """A refusal that names the operation, and not a certificate that fails."""
+    torch.manual_seed(0)
+    move = {"name": "grow", "keys": "+2"}
+    with pytest.raises(Refused, match="constant of the forward pass changes"):
+        rewrite_module(Attention(WHOLE[name]), (torch.randn(2, 5, 8),), {"moves": [move]})
 
 
 def test_where_names_what_grows(tmp_path: Path) -> None:

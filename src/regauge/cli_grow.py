@@ -119,6 +119,14 @@ def grow(
                 found="none",
                 way_out="`regauge grow --help` lists what can grow",
             )
+        for option, value, use, needed in (
+            ("--where", where, given, "a size, such as --neurons +512"),
+            ("--stack", stack, layers, "--layers"),
+        ):
+            if value is not None and not use:
+                raise RecipeError(
+                    f"{option} says nothing here", expected=f"{needed} beside it", found=f"{option} {value}"
+                )
         moves: list[dict[str, Any]] = []
         if layers is not None:
             moves.append({"name": "insert-layers", "layers": layers, **_set(stack=stack)})

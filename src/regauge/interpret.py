@@ -17,6 +17,7 @@ from regauge.atoms import Conflict
 from regauge.errors import RegaugeError, TraceError
 from regauge.facts import Stop, Value
 from regauge.trace import Trace, role
+from regauge.unseen import unseen
 from regauge.walk import Walk
 
 __all__ = ["RULE_FAILURES", "Rule", "Selection", "Walk", "interpret", "op_name"]
@@ -40,6 +41,7 @@ def interpret(trace: Trace, untied: bool = False) -> Walk:
     walk = Walk(trace, untied)
     env: dict[fx.Node, Any] = {}
     rotary = find_rotary(trace.graph)
+    elsewhere = unseen(trace)
     for node in trace.graph.nodes:
         walk.node = node
         if node.op == "placeholder":
@@ -51,6 +53,11 @@ def interpret(trace: Trace, untied: bool = False) -> Walk:
                 env[node] = rotary[node].apply(walk, env)
             else:
                 env[node] = _call(walk, node, env, RULES)
+            if node in elsewhere:
+                for value in _values(env[node]):
+                    walk.stop(
+                        value, f"may meet {elsewhere[node]} on other inputs, which is not read on these"
+                    )
         elif node.op == "output":
             for out in trace.outputs:
                 value = env[out]

@@ -13,7 +13,14 @@ from regauge.interpret import op_name
 from regauge.solve.layout import Layout
 from regauge.trace import Trace, module_path
 
-_ARITHMETIC = frozenset(f"aten.{name}" for name in ("add", "sub", "rsub", "mul", "div", "pow"))
+_ARITHMETIC = frozenset(
+    f"aten.{name}"
+    for name in (
+        *("add", "sub", "rsub", "mul", "div", "pow"),
+        *("full", "full_like", "fill", "scalar_tensor", "linspace", "logspace"),
+    )
+)
+"""Operations whose whole numbers are values; those of others are sizes, axes and positions."""
 Place = tuple[int, tuple[tuple[int, int], ...]]
 """Offset of a leaf, and size and stride of its factors."""
 
@@ -83,7 +90,7 @@ def _numbers(node: fx.Node, trace: Trace) -> Iterator[float]:
             yield float(argument)
         elif isinstance(argument, fx.Node) and argument.name in trace.constants:
             held = trace.constants[argument.name]
-            if held.numel() == 1 and held.is_floating_point() and held.device.type != "meta":
+            if held.numel() == 1 and not held.is_complex() and held.device.type != "meta":
                 yield float(held.to(torch.float64))
     if name.startswith("aten.scaled_dot_product") and node.kwargs.get("scale") is None:
         query: Any = node.args[0]

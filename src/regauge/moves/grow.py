@@ -18,6 +18,8 @@ from regauge.moves.base import Change, Move, Option, Preserves, Scene, Used
 from regauge.plan import Refit
 from regauge.solve.layout import Layout
 
+LARGEST = 1 << 24
+"""No index set becomes larger: what is asked for beyond it is a slip of the hand."""
 ROLES = {
     Role.CHANNELS: "channels between two convolutions",
     Role.NEURONS: "neurons of every feed-forward layer",
@@ -50,7 +52,7 @@ def plan_grow(scene: Scene, options: Mapping[str, Any]) -> Change:
     if scene.trial is None:
         raise Refused("this model cannot be rebuilt in another size", expected="a directory or a module")
     new = New(options["new"])
-    if new is New.SPLIT and not 0 <= options["noise"] < 1:
+    if not 0 <= options["noise"] < 1:
         raise RecipeError("bad noise", expected="0 to below 1", found=str(options["noise"]))
     _, layout = scene.gauge.walk(untied=scene.state.untied)
     follower = Follower(layout)
@@ -164,6 +166,8 @@ def _size(text: str, old: int, role: Role) -> int:
         ) from None
     if size <= old:
         raise RecipeError(f"growth makes larger: {role}", expected=f"more than {old}", found=str(size))
+    if size > LARGEST:
+        raise RecipeError(f"too many {role}", expected=f"at most {LARGEST}", found=str(size))
     return size
 
 
