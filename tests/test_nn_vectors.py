@@ -60,6 +60,13 @@ def test_a_gain_of_zero_has_a_magnitude_of_zero() -> None:
     assert found["direction"] == 0
 
 
+def test_the_gradient_of_a_direction_is_orthogonal_to_it() -> None:
+    layer = made(MagnitudeNorm)
+    layer(tokens()).square().sum().backward()
+    v = layer.direction
+    assert abs(float((v.grad @ v).detach())) < 1e-12 * float(v.grad.norm() * v.detach().norm())
+
+
 @pytest.mark.parametrize("form", ["rms", "layer"])
 @pytest.mark.parametrize("kind", [ScaledNorm, MagnitudeNorm])
 def test_folds(kind: type, form: str) -> None:
