@@ -107,6 +107,15 @@ def test_every_scalar_acts() -> None:
     assert not bool(skip[:, 3:].any())
 
 
+def test_another_path_sees_the_first_bias() -> None:
+    x = torch.randn(2, 3)
+    for skip, seen in ((None, x), (nn.Identity(), x + 2)):
+        block = FixupBlock([nn.Linear(3, 3, bias=False)], skip, last=False)
+        fixup_([block])
+        nn.init.constant_(block.before, 2.0)
+        assert distance(block(x), seen) == 0
+
+
 def test_refuses() -> None:
     with pytest.raises(BadInput, match="without layers"):
         FixupBlock([])
