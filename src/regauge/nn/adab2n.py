@@ -14,7 +14,7 @@ from regauge.nn.affine import Affine
 from regauge.nn.base import Normalisation
 from regauge.nn.entry import Entry, Law, Moved, generic
 from regauge.nn.read import read_norm
-from regauge.nn.statistics import randomise, total, upcast
+from regauge.nn.statistics import hold, randomise, total, upcast
 
 
 class _AdaB2N(Normalisation):
@@ -110,7 +110,7 @@ class _AdaB2N(Normalisation):
         )
         if not self.absent_share:
             posterior = torch.where(counts > 0, posterior, torch.zeros_like(posterior))
-        return own @ (posterior / posterior.sum() / counts.clamp_min(1))
+        return (own * (posterior / posterior.sum() / counts.clamp_min(1))).sum(1)
 
     def _all(self, x: torch.Tensor) -> torch.Tensor:
         return total(x) if self.synchronize else x
@@ -127,9 +127,10 @@ class _AdaB2N(Normalisation):
         x = x.reshape(*x.shape[:2], -1)  # [batch, c, positions]
         tasks, self._of = self._of, None
         if self.training:
-            shares = self._shares(x, tasks)
-            mean = self._all(shares @ x.mean(2))
-            variance = self._all(shares @ ((x - mean[:, None]) ** 2).mean(2))
+            # Sums, as autocast would take the products of matrices in fewer bits.
+            shares = self._shares(x, tasks)[:, None]
+            mean = self._all((shares * x.mean(2)).sum(0))
+            variance = self._all((shares * ((x - mean[:, None]) ** 2).mean(2)).sum(0))
             self._move(mean, variance)
         else:
             mean, variance = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
@@ -143,9 +144,8 @@ class _AdaB2N(Normalisation):
             rate = self.rate().to(mean.dtype)
             for running, batch in ((self.running_mean, mean), (self.running_var, variance)):
                 running.copy_((1 - rate) * running + rate * batch)
-        self.loss = functional.mse_loss(mean, self.running_mean.to(mean.dtype).clone()) + functional.mse_loss(
-            variance, self.running_var.to(mean.dtype).clone()
-        )
+        of_mean = functional.mse_loss(mean, hold(self.running_mean).to(mean.dtype))
+        self.loss = of_mean + functional.mse_loss(variance, hold(self.running_var).to(mean.dtype))
 
     def fold(self) -> nn.Module:
         """An Affine along axis 1: g = γ / sqrt(σ² + eps), b = β − γ·μ / sqrt(σ² + eps).

@@ -13,7 +13,7 @@ from regauge.nn.affine import Affine
 from regauge.nn.base import Normalisation
 from regauge.nn.entry import Entry, Law, Moved, generic
 from regauge.nn.read import read_norm
-from regauge.nn.statistics import kept, position_mean, randomise, upcast
+from regauge.nn.statistics import hold, kept, position_mean, randomise, upcast
 
 
 class GroupScaling(nn.Module):
@@ -135,7 +135,7 @@ class PowerNorm(Normalisation):
         else:
             with torch.no_grad():
                 mean = position_mean(u * u, kept(u, pad_mask), local=not self.synchronize)[0]
-                used = self._step(mean)
+                used = hold(self._step(mean))
             z = _Power.apply(
                 u, used, mean, self.ema_gz, self.eps, self.gradient_momentum, not self.synchronize
             )

@@ -15,7 +15,7 @@ from regauge.nn.affine import Affine
 from regauge.nn.base import Normalisation
 from regauge.nn.entry import Entry, Law, Moved, generic
 from regauge.nn.read import read_norm
-from regauge.nn.statistics import kept, position_mean, randomise, upcast
+from regauge.nn.statistics import hold, kept, position_mean, randomise, upcast
 
 
 class RepBN(Normalisation):
@@ -197,7 +197,7 @@ class PRepBN(Normalisation):
         if not self.training and self.evaluate == "end":
             return self.norm2(input, pad_mask)
         x = upcast(input)
-        share = self.share()
+        share = hold(self.share())
         old, new = self._norm1(x), self.norm2(x, pad_mask, self.warm == 0)
         if self.training:
             self._advance()

@@ -15,6 +15,26 @@ def upcast(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+@torch.library.custom_op("regauge::hold", mutates_args=())
+def _hold(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+@_hold.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def hold(x: torch.Tensor) -> torch.Tensor:
+    """x, detached, as it is now: for what comes from a buffer that moves in the same step.
+
+    A compiled backward pass may compute a value again from the buffers it came from, and finds them moved
+    already. It does not do so through an operation it cannot see into.
+    """
+    x = x.detach()
+    return _hold(x) if torch.compiler.is_compiling() else x.clone()
+
+
 def _shared() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 

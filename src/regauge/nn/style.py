@@ -141,7 +141,7 @@ class GroupColouring(Normalisation):
         return x.flatten(2).unflatten(1, (self.groups, -1))
 
     def forward(self, content: torch.Tensor, style: torch.Tensor) -> torch.Tensor:
-        """y for x = ``content`` [batch, size, height, width] and s = ``style`` [batch, size] or [..., 1, 1]."""
+        """y for x = ``content`` [batch, size, height, width], s = ``style`` [batch, size] or [..., 1, 1]."""
         u, lengths = self.directions(style)
         coloured = u * lengths @ (u.mT @ self._centred(content))
         coloured = coloured.flatten(1, 2).reshape(content.shape)
@@ -157,7 +157,8 @@ class GroupColouring(Normalisation):
         """
         x = self._centred(content).permute(1, 2, 0, 3).flatten(2)
         one = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-        covariance = x @ x.mT / (x.shape[2] - 1) + 1e-5 * one
+        with torch.autocast(x.device.type, enabled=False):
+            covariance = x @ x.mT / (x.shape[2] - 1) + 1e-5 * one
         return (covariance - one).abs().mean(), (self.directions(style)[0] - one).abs().mean()
 
     def extra_repr(self) -> str:

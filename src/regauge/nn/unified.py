@@ -12,7 +12,7 @@ from regauge.errors import BadInput
 from regauge.nn.affine import Affine
 from regauge.nn.base import Normalisation
 from regauge.nn.entry import Entry, Law, Moved, generic
-from regauge.nn.statistics import kept, position_mean, randomise, upcast
+from regauge.nn.statistics import hold, kept, position_mean, randomise, upcast
 
 RATIO_AFTER = 1000
 """Steps before which r is 1."""
@@ -144,8 +144,8 @@ class UnifiedNorm(Normalisation):
         else:
             with torch.no_grad():
                 mean = position_mean(x * x, kept(x, pad_mask), local=not self.synchronize)[0]
-                v, ratio, skip = self._step(mean)
-                step = self.iters.clone()
+                v, ratio, skip = map(hold, self._step(mean))
+                step = hold(self.iters)
             product = _Unified.apply(x, self.weight.to(x.dtype), v, ratio, step, skip, self)
         return (product + self.bias).to(input.dtype)  # type: ignore[operator]
 
