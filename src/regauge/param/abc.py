@@ -116,8 +116,11 @@ def _scaled(model: nn.Module, name: str, factor: float, trained: set[int]) -> nn
     except AttributeError as error:
         raise Refused("there is no such parameter", parameter=name) from error
     shifted = parametrize.is_parametrized(owner, leaf)
-    known = owner.parametrizations[leaf] if shifted else None  # type: ignore[index, union-attr]
-    parameter = owner._parameters.get(leaf) if known is None else known.original
+    known: Any = owner.parametrizations[leaf] if shifted else None  # type: ignore[index, union-attr]
+    own = dict(owner.named_parameters(recurse=False, remove_duplicate=False))
+    if known is not None and (len(known) != 1 or not isinstance(known[0], Multiplier)):
+        raise Refused("this parameter is parametrised otherwise", parameter=name, found=str(known[0]))
+    parameter: Any = own.get(leaf) if known is None else known.original
     if not isinstance(parameter, nn.Parameter):
         raise Refused("there is no such parameter", parameter=name)
     uses = sum(other is parameter for _, other in model.named_parameters(remove_duplicate=False))
@@ -133,12 +136,9 @@ def _scaled(model: nn.Module, name: str, factor: float, trained: set[int]) -> nn
         original = owner.parametrizations[leaf].original  # type: ignore[index, union-attr]
         assert original is parameter
         return parameter
-    first = known[0]
-    if len(known) != 1 or not isinstance(first, Multiplier):
-        raise Refused("this parameter is parametrised otherwise", parameter=name, found=str(first))
     with torch.no_grad():
         parameter /= factor
-    first.factor *= factor
+    known[0].factor *= factor
     return parameter
 
 
