@@ -3,7 +3,7 @@
 regauge writes a copy of this file beside a checkpoint whose structure it has changed, so that the checkpoint
 can be loaded without regauge: ``AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)``.
 With regauge installed ``regauge.load(DIRECTORY)`` does the same and runs no code from the directory. The file
-needs torch and transformers and nothing else.
+needs torch, transformers and ``norms_regauge.py``, which lies beside it, and nothing else.
 """
 
 import functools
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+
+from . import norms_regauge
 
 KEY = "regauge"
 PREFIX = "Regauge"
@@ -236,6 +238,7 @@ def embedding(rows: int, size: int, padding: int | None, device: Any = None, dty
 
 
 MODULES: dict[str, Any] = {
+    **norms_regauge.MODULES,
     "norm": Norm,
     "linear": linear,
     "complex-linear": ComplexLinear,

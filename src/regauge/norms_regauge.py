@@ -43,18 +43,31 @@ class Gained(nn.Module):
     Args:
         size: entries of that axis.
         weight, bias: whether g and b exist.
+        offset: g is ``offset`` + ``weight``, which starts at 1 − offset.
     """
 
     def __init__(
-        self, size: int, weight: bool = True, bias: bool = False, device: Any = None, dtype: Any = None
+        self,
+        size: int,
+        weight: bool = True,
+        bias: bool = False,
+        offset: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__()
-        self.size = size
-        self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype)) if weight else None
+        self.size, self.offset = size, offset
+        start = torch.full((size,), 1.0 - offset, device=device, dtype=dtype)
+        self.weight = nn.Parameter(start) if weight else None
         self.bias = nn.Parameter(torch.zeros(size, device=device, dtype=dtype)) if bias else None
 
+    def gain(self) -> torch.Tensor | None:
+        """g, [size]; None without one."""
+        return self.weight if self.weight is None or not self.offset else wide(self.weight) + self.offset
+
     def affine(self, y: torch.Tensor) -> torch.Tensor:
-        y = y if self.weight is None else y * self.weight
+        g = self.gain()
+        y = y if g is None else y * g
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -127,8 +140,8 @@ class SeeDNorm(Normed):
         sums = (wide(input) * self.beta).unflatten(-1, heads).sum(-1, keepdim=True)
         gain = (torch.tanh(self.scale * sums) * self.alpha.unflatten(0, heads)).flatten(-2)
         gain = functional.dropout(gain, self.dropout, self.training)
-        gain = gain + (1.0 if self.weight is None else self.weight)
-        y = gain * self.normalised(input)
+        g = self.gain()
+        y = (gain + (1.0 if g is None else g)) * self.normalised(input)
         return (y if self.bias is None else y + self.bias).to(input.dtype)
 
 
@@ -232,7 +245,7 @@ class MagnitudeNorm(Normed):
         return self.magnitude * (v / torch.linalg.vector_norm(v))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self.affine(self.normalised(input) * self.gain()).to(input.dtype)
+        return self.affine(self.normalised(input)).to(input.dtype)
 
 
 class BranchedNorm(Normed):
@@ -266,25 +279,37 @@ class BranchedNorm(Normed):
 class ScaledLinear(nn.Module):
     """y[…, o] = η[o] · Σ_i W[o, i] γ[i] x[…, i] + b[o]; ``outside`` η and ``inside`` γ start at one.
 
+    W is stored [out, in], or [in, out] if ``transposed``.
+
     Source: arXiv 2605.26895 (scale vectors), vectors on both sides of a linear map.
     """
 
     def __init__(
-        self, inputs: int, outputs: int, bias: bool = True, device: Any = None, dtype: Any = None
+        self,
+        inputs: int,
+        outputs: int,
+        bias: bool = True,
+        transposed: bool = False,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty((outputs, inputs), device=device, dtype=dtype))
+        self.transposed = transposed
+        shape = (inputs, outputs) if transposed else (outputs, inputs)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.outside = nn.Parameter(torch.ones(outputs, device=device, dtype=dtype))
         self.inside = nn.Parameter(torch.ones(inputs, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(outputs, device=device, dtype=dtype)) if bias else None
         nn.init.normal_(self.weight, std=inputs**-0.5)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        y = functional.linear((input * self.inside).to(self.weight.dtype), self.weight) * self.outside
+        weight = self.weight.t() if self.transposed else self.weight
+        y = functional.linear((input * self.inside).to(weight.dtype), weight) * self.outside
         return (y if self.bias is None else y + self.bias).to(input.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, bias={self.bias is not None}"
+        transposed = ", transposed" if self.transposed else ""
+        return f"{len(self.inside)}, {len(self.outside)}, bias={self.bias is not None}{transposed}"
 
 
 class DyT(Gained):
@@ -358,3 +383,14 @@ class BHyT(Gained):
         x = wide(input)
         m = x.square().mean(-1, keepdim=True) if square_mean is None else square_mean
         return self.affine(torch.tanh(self.lam / self.kappa * x * torch.rsqrt(m + self.eps))).to(input.dtype)
+
+
+MODULES: dict[str, Any] = {
+    "seed-norm": SeeDNorm,
+    "gated-norm": GatedNorm,
+    "pre-affine-norm": PreAffine,
+    "scaled-norm": ScaledNorm,
+    "magnitude-norm": MagnitudeNorm,
+    "scaled-linear": ScaledLinear,
+}
+"""Name in a patch -> what it stands for."""

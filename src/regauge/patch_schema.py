@@ -23,9 +23,16 @@ class Series(dict[str, list[float]]):
 
 
 _NORM = {"form": str, "size": int, "eps": float, "weight": bool, "bias": bool}
+_OFFSET_NORM = {**_NORM, "offset": float}
 _CONVOLUTION = {"inputs": int, "outputs": int, "kernel": list, "stride": list, "padding": list}
 FIELDS: Mapping[str, Mapping[str, type]] = {
     "norm": _NORM,
+    "seed-norm": {**_OFFSET_NORM, "heads": int, "scale": float, "dropout": float},
+    "gated-norm": {**_OFFSET_NORM, "rank": int},
+    "pre-affine-norm": _OFFSET_NORM,
+    "scaled-norm": {**_OFFSET_NORM, "scale": float},
+    "magnitude-norm": {"form": str, "size": int, "eps": float, "bias": bool},
+    "scaled-linear": {"inputs": int, "outputs": int, "bias": bool, "transposed": bool},
     "linear": {"inputs": int, "outputs": int, "bias": bool, "transposed": bool},
     "complex-linear": {"inputs": int, "outputs": int, "bias": bool},
     "convolution": {**_CONVOLUTION, "dilation": list, "groups": int, "bias": bool, "pad": bool},

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from regauge import norms_regauge
 from regauge.errors import BadInput, Refused
 from regauge.interpret import op_name
 from regauge.modeling_regauge import (
@@ -34,8 +35,16 @@ _KINDS = (
     *(nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, Norm, TransposedLinear, Convolution, nn.Embedding),
 )
+_NORMS = (
+    *("adab2n.AdaB2N1d", "adab2n.AdaB2N2d", "affine.Affine", "powernorm.PowerNorm"),
+    *("repbn.RepBN", "repbn.PRepBN", "unified.UnifiedNorm"),
+)
 PLAIN = frozenset(
-    (*(f"{kind.__module__}.{kind.__qualname__}" for kind in _KINDS), "transformers.pytorch_utils.Conv1D")
+    (
+        *(f"{kind.__module__}.{kind.__qualname__}" for kind in (*_KINDS, *norms_regauge.MODULES.values())),
+        *(f"regauge.nn.{name}" for name in _NORMS),
+        "transformers.pytorch_utils.Conv1D",
+    )
 )
 """Classes whose code is known to do the same whatever comes in. A trace shows one path through a module; a
 module of another class may take another path on other inputs, which a replacement would not, unless its code

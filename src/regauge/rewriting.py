@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regauge import modeling_regauge
+from regauge import modeling_regauge, norms_regauge
 from regauge.apply import ApplyReport, RewrittenView, apply_rewrite
 from regauge.certify import Certificate, certify
 from regauge.certify.certificate import software
@@ -243,11 +243,11 @@ def _config(config: Mapping[str, Any], plan: Rewrite) -> dict[str, Any]:
 
 
 def _code(config: Mapping[str, Any]) -> dict[str, bytes]:
-    """The file that lets stock transformers load a changed structure, if it is one."""
+    """The files that let stock transformers load a changed structure, if it is one."""
     if KEY not in config:
         return {}
-    path = Path(str(modeling_regauge.__file__))
-    return {path.name: path.read_bytes()}
+    paths = [Path(str(module.__file__)) for module in (modeling_regauge, norms_regauge)]
+    return {path.name: path.read_bytes() for path in paths}
 
 
 def _check_shapes(files: Checkpoint, names: Mapping[str, str], traced: Trace) -> None:

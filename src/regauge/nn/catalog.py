@@ -10,12 +10,32 @@ import torch
 from torch import nn
 
 from regauge.errors import Refused
+from regauge.nn import (
+    adab2n,
+    evonorm,
+    gated,
+    plain,
+    powernorm,
+    region,
+    repbn,
+    seednorm,
+    style,
+    tanh,
+    unified,
+    vectors,
+)
 from regauge.nn.affine import Affine
 from regauge.nn.base import Normalisation
 from regauge.nn.entry import Entry
 from regauge.nn.symmetry import Effect, distance, effects, inward, law_error, output, probe
 
-ENTRIES: tuple[Entry, ...] = ()
+ENTRIES: tuple[Entry, ...] = tuple(
+    entry
+    for module in (
+        *(plain, seednorm, gated, tanh, vectors, powernorm, unified, repbn, adab2n, evonorm, region, style),
+    )
+    for entry in module.ENTRIES
+)
 """Every layer, in the order of the table."""
 
 EXACT = 1e-12

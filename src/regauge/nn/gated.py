@@ -122,7 +122,7 @@ def _ones(layer: nn.Module) -> nn.Module:
 
 ENTRIES: tuple[Entry, ...] = (
     Entry(
-        "gated",
+        "gatednorm",
         "GatedNorm",
         "arXiv 2601.22966",
         lambda size, random: generic(GatedNorm(size, rank=3), random),

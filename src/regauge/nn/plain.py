@@ -187,7 +187,7 @@ def _rotate(layer: nn.Module, x: torch.Tensor, random: torch.Generator) -> Moved
 
 ENTRIES: tuple[Entry, ...] = (
     Entry(
-        "layer",
+        "layernorm",
         "LayerNorm",
         "Ba et al., arXiv 1607.06450",
         lambda size, random: generic(LayerNorm(size), random),
@@ -195,7 +195,7 @@ ENTRIES: tuple[Entry, ...] = (
         laws=(permuting("x → P·x, g → P·g, b → P·b", {"weight": 0, "bias": 0}),),
     ),
     Entry(
-        "rms",
+        "rmsnorm",
         "RMSNorm",
         "Zhang and Sennrich, arXiv 1910.07467",
         lambda size, random: generic(RMSNorm(size, bias=True), random),
@@ -206,7 +206,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
     ),
     Entry(
-        "crms",
+        "crmsnorm",
         "CRMSNorm",
         "Jiang et al., arXiv 2305.14858, section 3",
         lambda size, random: generic(CRMSNorm(size), random),

@@ -80,7 +80,7 @@ def _bare(size: int, random: torch.Generator) -> nn.Module:
 
 ENTRIES: tuple[Entry, ...] = (
     Entry(
-        "seed",
+        "seednorm",
         "SeeDNorm",
         "Cai et al., arXiv 2510.22777",
         lambda size, random: generic(SeeDNorm(size), random),

@@ -138,7 +138,7 @@ def _same(layer: nn.Module, s: torch.Tensor) -> Mapping[str, torch.Tensor]:
 
 ENTRIES: tuple[Entry, ...] = (
     Entry(
-        "scaled",
+        "lns",
         "LayerNorm Scaling",
         "Sun et al., The Curse of Depth in Large Language Models",
         lambda size, random: generic(ScaledNorm(size, scale=3**-0.5), random),
