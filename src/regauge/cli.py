@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from regauge.cli_grow import grow
+from regauge.cli_lr import lr
 from regauge.cli_options import AsJson, Memory, Out, Source, Storage, TextFile, write_and_show
 from regauge.cli_support import (
     described,
@@ -152,6 +153,7 @@ def rewrite(
 
 
 app.command()(grow)
+app.command()(lr)
 
 
 @app.command()
