@@ -177,6 +177,18 @@ def test_rows_that_are_only_in_part_normed_are_not_claimed() -> None:
     assert checked(branch(body), ROWS) == {}
 
 
+def test_a_norm_over_what_scales_and_what_does_not() -> None:
+    assert checked(branch(lambda m, x: m.end(m.n(torch.cat([m.a(x)[:, :3], x[:, :3]], -1)))), ROWS) == {}
+
+
+def test_attention_mixes_the_positions_of_its_values() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        return m.end(m.n(F.scaled_dot_product_attention(x, x, m.w.unsqueeze(0))))
+
+    net = Fn(body, w=nn.Parameter(torch.zeros(5, 6)), n=nn.RMSNorm(6), end=nn.Linear(6, 2))
+    assert checked(net, noise(1, 5, 6)) == {"w": (0, 1)}
+
+
 def test_a_large_number_added_to_squares_is_no_guard() -> None:
     def net(eps: float) -> nn.Module:
         return branch(lambda m, x: m.end(m.a(x) * torch.rsqrt(m.a(x).pow(2).mean(-1, keepdim=True) + eps)))
