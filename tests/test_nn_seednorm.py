@@ -32,14 +32,14 @@ def made(seed: int = 0, **options: object) -> SeeDNorm:
 @pytest.mark.parametrize(("heads", "scale"), [(1, 1.0), (3, 0.25)])
 def test_formula(form: str, heads: int, scale: float) -> None:
     layer, x = made(heads=heads, scale=scale, form=form, bias=True, eps=1e-3), tokens()
-    g, b, alpha, beta = (p.detach() for p in (layer.weight, layer.bias, layer.alpha, layer.beta))
+    g, b, rescale, probe = (p.detach() for p in (layer.weight, layer.bias, layer.rescale, layer.probe))
     z = x - x.mean(-1, keepdim=True) if form == "layer" else x
     expected, n = torch.empty_like(x), SIZE // heads
     for c in range(SIZE):
         head = range(c // n * n, c // n * n + n)
-        t = torch.tanh(scale * sum(x[..., j] * beta[j] for j in head))
+        t = torch.tanh(scale * sum(x[..., j] * probe[j] for j in head))
         unit = z[..., c] / ((z**2).mean(-1) + 1e-3).sqrt()
-        expected[..., c] = (g[c] + alpha[c] * t) * unit + b[c]
+        expected[..., c] = (g[c] + rescale[c] * t) * unit + b[c]
     assert distance(layer(x), expected) < 1e-12
 
 
@@ -53,21 +53,21 @@ def test_laws() -> None:
 def test_norms_become_it(form: str, heads: int) -> None:
     """α has no gradient at β = 0, and has one behind the first step."""
     for norm in norms(form):
-        layer = becomes(SeeDNorm, norm, ("alpha",), heads=heads)
+        layer = becomes(SeeDNorm, norm, ("rescale",), heads=heads)
         torch.optim.SGD(layer.parameters(), lr=1e-4).step()
         layer(tokens()).square().sum().backward()
-        assert float(layer.alpha.grad.abs().max()) > 0
+        assert float(layer.rescale.grad.abs().max()) > 0
 
 
 def test_folds_while_it_is_a_norm() -> None:
     x = tokens()
     layer = made(heads=3, bias=True, eps=1e-3)
     with torch.no_grad():
-        layer.beta[:4] = 0
-        layer.alpha[4:] = 0
+        layer.probe[:4] = 0
+        layer.rescale[4:] = 0
     assert distance(layer.fold()(x), layer(x)) < 1e-12
     with torch.no_grad():
-        layer.alpha[5] = 1e-3
+        layer.rescale[5] = 1e-3
     with pytest.raises(Refused, match="1 of 3 heads"):
         layer.fold()
     with pytest.raises(Refused, match="training"):
@@ -78,7 +78,7 @@ def test_dropout_takes_the_dynamic_term_only() -> None:
     layer, x = made(dropout=0.5), tokens()
     dry = copy.deepcopy(layer)
     with torch.no_grad():
-        dry.alpha.zero_()
+        dry.rescale.zero_()
     assert distance(layer(x), made()(x)) == 0
     still = dry(x)
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from regauge.cli_options import AsJson, Memory, Out, Source, Storage, TextFile, write_and_show
-from regauge.cli_support import outcome, print_json, show
+from regauge.cli_support import outcome, print_json, show, wide
 from regauge.errors import BadInput
 
 
@@ -51,7 +51,7 @@ def norms(
         if json:
             print_json(norms_data(found))
         else:
-            show(norms_view(found))
+            show(norms_view(found, wide=wide()))
 
 
 def upgrade(

@@ -100,8 +100,8 @@ class Normed(Gained):
 class SeeDNorm(Normed):
     """y[…, c] = (g[c] + α[c] · tanh(scale · Σ_{j in head of c} x[…, j] β[j])) · x̂[…, c] + b[c].
 
-    The entries of x are cut into ``heads`` slices of equal length, each with a tanh of its own. ``alpha`` α
-    starts at one and ``beta`` β at zero, where the layer is its plain norm and α gets no gradient.
+    The entries of x are cut into ``heads`` slices of equal length, each with a tanh of its own. ``rescale`` α
+    starts at one and ``probe`` β at zero, where the layer is its plain norm and α gets no gradient.
 
     Source: Cai et al., SeeDNorm: Self-Rescaled Dynamic Normalization (arXiv 2510.22777). For language models:
     heads 1, scale 1, no dropout. For vision: several heads (16 of ViT-B), dropout, and the product of α and β
@@ -132,13 +132,13 @@ class SeeDNorm(Normed):
         if not 0 <= dropout < 1:
             raise ValueError(f"a probability of dropout of {dropout}")
         self.heads, self.scale, self.dropout = heads, scale, dropout
-        self.alpha = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
-        self.beta = nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
+        self.rescale = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
+        self.probe = nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         heads = (self.heads, self.size // self.heads)
-        sums = (wide(input) * self.beta).unflatten(-1, heads).sum(-1, keepdim=True)
-        gain = (torch.tanh(self.scale * sums) * self.alpha.unflatten(0, heads)).flatten(-2)
+        sums = (wide(input) * self.probe).unflatten(-1, heads).sum(-1, keepdim=True)
+        gain = (torch.tanh(self.scale * sums) * self.rescale.unflatten(0, heads)).flatten(-2)
         gain = functional.dropout(gain, self.dropout, self.training)
         g = self.gain()
         y = (gain + (1.0 if g is None else g)) * self.normalised(input)

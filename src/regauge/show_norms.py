@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -16,30 +17,51 @@ _IMPLIED = {"rotation": ("rotation of differences", "signs", "permutation")}
 """Part of another group, and not named beside it."""
 
 
-def norms_view(rows: Sequence[Row]) -> RenderableType:
-    """One row for each layer; the symbols are explained below it."""
-    table = Table(title="Normalisation layers, every cell found by trying in float64", title_justify="left")
-    table.add_column("layer", no_wrap=True)
-    for title in ("does not see", "passes on", "with its parameters", "at inference"):
-        table.add_column(title)
-    for title in ("LayerNorm", "RMSNorm", "BatchNorm"):
-        table.add_column(f"from {title}", justify="center")
-    for row in rows:
-        table.add_row(
-            row.entry.title,
-            _cell(row, Effect.NONE),
-            _cell(row, Effect.ALONG),
-            "\n".join(row.gauges) or "–",
-            row.fold or "stays",
-            *(row.upgrades[form] or "–" for form in ("layer", "rms", "batch")),
-        )
+_TITLE = "Normalisation layers, every cell found by trying in float64"
+_LABELS = ("does not see", "passes on", "with its parameters", "at inference")
+_NOTE = "Up to eps. t counts tokens or positions, c features. Probed without gains and shifts."
+
+
+def norms_view(rows: Sequence[Row], *, wide: bool = True) -> RenderableType:
+    """One row, or on a narrow terminal one block, for each layer; the symmetries are explained below."""
     notes = Table.grid(padding=(0, 2))
     for symmetry in SYMMETRIES:
         notes.add_row(Text(symmetry.name, style="bold"), Text(symmetry.text))
-    last = Text(
-        "Up to eps. t counts tokens or positions, c features. Probed without gains and shifts.", "dim"
-    )
-    return Group(table, notes, last)
+    body = _table(rows) if wide else _blocks(rows)
+    return Group(body, notes, Text(_NOTE, style="dim"))
+
+
+def _table(rows: Sequence[Row]) -> RenderableType:
+    table = Table(title=_TITLE, title_justify="left", show_lines=True)
+    table.add_column("layer")
+    for title in (*_LABELS, "LayerNorm", "RMSNorm", "BatchNorm"):
+        table.add_column(title if title in _LABELS else f"from {title}")
+    for row in rows:
+        upgrades = (row.upgrades[form] or "–" for form in ("layer", "rms", "batch"))
+        table.add_row(row.entry.title, *map(Text, _cells(row)), *upgrades)
+    return table
+
+
+def _blocks(rows: Sequence[Row]) -> RenderableType:
+    blocks: list[RenderableType] = [Text(_TITLE + "\n", style="italic")]
+    for row in rows:
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column()
+        for label, cell in zip(_LABELS, _cells(row), strict=True):
+            grid.add_row(label, Text(cell))
+        become = [f"{_FORMS[form]} ({mode})" for form, mode in row.upgrades.items() if mode]
+        grid.add_row("can replace", Text(", ".join(become) or "–"))
+        blocks += [Text(f"{row.entry.title}  ({row.entry.name})", style="bold"), Padding(grid, (0, 0, 1, 2))]
+    return Group(*blocks)
+
+
+_FORMS = {"layer": "LayerNorm", "rms": "RMSNorm", "batch": "BatchNorm"}
+
+
+def _cells(row: Row) -> tuple[str, str, str, str]:
+    gauges = "\n".join(row.gauges) or "–"
+    return _cell(row, Effect.NONE), _cell(row, Effect.ALONG), gauges, row.fold or "stays"
 
 
 def norms_data(rows: Sequence[Row]) -> list[dict[str, Any]]:

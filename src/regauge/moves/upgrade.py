@@ -66,8 +66,8 @@ class _Work:
 def _seed(work: _Work, module: Replaceable) -> None:
     """(g + α tanh(Σ x β)) ⊙ x̂ with β = 0, α = 1."""
     work.norm(module, "seed-norm", heads=1, scale=1.0, dropout=0.0)
-    work.ones(module, "alpha", 1.0)
-    work.ones(module, "beta", 0.0)
+    work.ones(module, "rescale", 1.0)
+    work.ones(module, "probe", 0.0)
 
 
 def _gated(work: _Work, module: Replaceable) -> None:

@@ -36,15 +36,15 @@ class SeeDNorm(core.SeeDNorm, Normalisation):
         """
         self._settled()
         heads = (self.heads, -1)
-        still = [(v.detach().reshape(heads) == 0).all(1) for v in (self.alpha, self.beta)]
+        still = [(v.detach().reshape(heads) == 0).all(1) for v in (self.rescale, self.probe)]
         if self.scale != 0 and not bool((still[0] | still[1]).all()):
             raise Refused(
                 "a SeeDNorm whose α and β are not zero has a gain that depends on the token",
-                parameter="alpha, beta",
+                parameter="rescale, probe",
                 expected="α or β zero in every head",
                 found=f"{int((~(still[0] | still[1])).sum())} of {self.heads} heads with both",
             )
-        weight = torch.ones_like(self.alpha) if self.weight is None else self.weight
+        weight = torch.ones_like(self.rescale) if self.weight is None else self.weight
         return with_affine(bare_norm(self.form, self.size, self.eps), weight, self.bias)
 
     @classmethod
@@ -58,16 +58,16 @@ class SeeDNorm(core.SeeDNorm, Normalisation):
 
 
 def _shrink(layer: nn.Module, s: torch.Tensor) -> Mapping[str, torch.Tensor]:
-    return {"beta": layer.get_parameter("beta") / s}
+    return {"probe": layer.get_parameter("probe") / s}
 
 
 def _sign(layer: nn.Module, x: torch.Tensor, random: torch.Generator) -> Moved:
     sign = signs(x, random)
-    return moved(layer, {"beta": sign * layer.get_parameter("beta")}), sign * x, lambda y: sign * y
+    return moved(layer, {"probe": sign * layer.get_parameter("probe")}), sign * x, lambda y: sign * y
 
 
 def _both(layer: nn.Module, x: torch.Tensor, random: torch.Generator) -> Moved:
-    values = {name: -layer.get_parameter(name) for name in ("alpha", "beta")}
+    values = {name: -layer.get_parameter(name) for name in ("rescale", "probe")}
     return moved(layer, values), x, lambda y: y
 
 
@@ -89,7 +89,7 @@ ENTRIES: tuple[Entry, ...] = (
             scaling("x → s·x, β → β / s, eps → s²·eps", _shrink),
             Law("x → σ·x, β → σ·β for signs σ[c]", _sign, training=True),
             Law("α → −α, β → −β", _both, training=True),
-            permuting("x → P·x, g → P·g, α → P·α, β → P·β", {"weight": 0, "alpha": 0, "beta": 0}),
+            permuting("x → P·x, g → P·g, α → P·α, β → P·β", {"weight": 0, "rescale": 0, "probe": 0}),
         ),
     ),
 )
