@@ -30,6 +30,7 @@ class AffineModule:
         scale, shift: float64, with as many axes as x.
         norm: z is the norm (form, size, eps) of x over its last axis; None: it is x.
         weight: z is W x over its last axis, W [out, in]; None: it is x.
+        passed: x itself leaves the module too, as a cast to the dtype it has.
         own: parameters and buffers of the module by state-dict name, the first floating.
     """
 
@@ -40,6 +41,7 @@ class AffineModule:
     shift: torch.Tensor
     norm: tuple[str, int, float] | None
     weight: torch.Tensor | None
+    passed: bool
     own: tuple[str, ...]
 
     @property
@@ -72,10 +74,12 @@ def affine_modules(scene: Scene, wanted: Callable[[frozenset[str]], bool]) -> It
         if not own:
             continue
         try:
-            source, result, value = _Walk(scene, nodes).run()
+            walk = _Walk(scene, nodes)
+            source, result, value = walk.run()
         except _Other:
             continue
-        yield AffineModule(path, source, result, value.scale, value.shift, value.norm, value.weight, own)
+        held = (value.scale, value.shift, value.norm, value.weight)
+        yield AffineModule(path, source, result, *held, walk.passed, own)
 
 
 def _outermost(trace: Trace) -> dict[str, list[fx.Node]]:
@@ -135,6 +139,8 @@ _CONSTANT: dict[str, Callable[..., torch.Tensor]] = {
     "aten.neg": torch.neg,
     "aten.rsub": torch.rsub,
     "aten.pow": torch.pow,
+    "aten.linalg_vector_norm": torch.linalg.vector_norm,
+    "aten.t": torch.t,
     "aten.view": torch.reshape,
     "aten.reshape": torch.reshape,
     "aten.unsqueeze": torch.unsqueeze,
@@ -154,6 +160,7 @@ class _Walk:
         self.names = {**scene.trace.parameters, **scene.trace.buffers}
         self.source: fx.Node | None = None
         self.values: dict[fx.Node, Any] = {}
+        self.passed = False
 
     def run(self) -> tuple[fx.Node, fx.Node, _Affine]:
         """What enters, what leaves, and the map between them.
@@ -163,17 +170,25 @@ class _Walk:
         """
         leaving: list[fx.Node] = []
         for node in self.nodes:
-            if op_name(node) in SILENT:
+            if op_name(node) in SILENT or not isinstance(node.meta.get("val"), torch.Tensor | tuple | list):
                 continue
             self.values[node] = self._do(node)
             if any(user not in self.inside for user in node.users):
-                leaving.append(node)
+                if self._is_source(node):
+                    self.passed = True
+                else:
+                    leaving.append(node)
         if len(leaving) != 1 or self.source is None:
             raise _Other
         value = self.values[leaving[0]]
         if not isinstance(value, _Affine) or any(not node.users for node in self.values):
             raise _Other
         return self.source, leaving[0], value
+
+    def _is_source(self, node: fx.Node) -> bool:
+        """A cast of what enters to the dtype it has."""
+        same = op_name(node) in CASTS and node.args[0] is self.source
+        return same and node.meta["val"].dtype == node.args[0].meta["val"].dtype  # type: ignore[union-attr]
 
     def _value(self, arg: Any) -> Any:
         if not isinstance(arg, fx.Node):
@@ -256,15 +271,16 @@ def _arithmetic(name: str, args: list[Any]) -> _Affine:
     raise _Other
 
 
-def _normalised(name: str, x: _Affine, shape: Any, *rest: Any) -> _Affine:
+def _normalised(name: str, x: _Affine, shape: Any, *given: Any) -> _Affine:
     """A norm over the last axis of what enters, as it enters."""
     if bool((x.scale != 1).any()) or bool((x.shift != 0).any()) or x.norm or x.weight is not None:
         raise _Other
-    gain, shift, eps = (*rest, *(None, None, 1e-5)[len(rest) :]) if name == "aten.layer_norm" else _rms(rest)
+    layer = name == "aten.layer_norm"
+    gain, shift, eps = (*given, *(None, None, 1e-5)[len(given) :])[:3] if layer else _rms(given)
     if len(shape) != 1 or eps is None:
         raise _Other
     one = torch.ones((1,) * x.scale.dim(), dtype=torch.float64)
-    form = "layer" if name == "aten.layer_norm" else "rms"
+    form = "layer" if layer else "rms"
     scale = one if gain is None else one * gain
     return _Affine(scale, one * 0.0 if shift is None else one * shift, (form, int(shape[0]), float(eps)))
 

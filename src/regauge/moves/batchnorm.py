@@ -11,7 +11,7 @@ from regauge.errors import Refused
 from regauge.interpret import op_name
 from regauge.moves.affine import AffineModule, affine_modules
 from regauge.moves.base import Change, Move, Option, Preserves, Scene
-from regauge.moves.forward import absorb, find_readers, pads
+from regauge.moves.forward import absorb, find_readers, pads, readers_of
 from regauge.patches import Patch, Replaceable, replaceable
 from regauge.plan import Made, Step
 from regauge.steps import AffineStep
@@ -121,7 +121,7 @@ def _kept(found: AffineModule) -> str:
 def _writer(found: AffineModule, by_node: Mapping[str, Replaceable]) -> tuple[Replaceable | None, bool]:
     """The map whose output only the batch norm reads, if there is one, and whether through a rectifier."""
     node, through = found.source, False
-    while len(node.users) == 1:
+    while not found.passed and len(readers_of(node)) == 1:
         module = by_node.get(node.name)
         if module is not None:
             positions = len(module.patch.get("kernel", ()))

@@ -10,6 +10,7 @@ from torch import fx
 from regauge.interpret import op_name
 from regauge.patches import Patch, Replaceable
 from regauge.plan import Made, Step
+from regauge.primitive import SILENT
 from regauge.steps import AddStep, ScaleStep
 
 MAX_POOL = {"aten.max_pool1d": 1, "aten.max_pool2d": 2, "aten.max_pool3d": 3}
@@ -32,15 +33,21 @@ def find_readers(
     """
     while True:
         axes = node.meta["val"].dim()
-        found = [_reader(user, node, axis, by_node.get(user.name)) for user in node.users]
+        users = readers_of(node)
+        found = [_reader(user, node, axis, by_node.get(user.name)) for user in users]
         readers = [reader for reader in found if reader is not None]
         if readers or not found:
             return readers if len(readers) == len(found) else []
-        (user, *more) = node.users
+        (user, *more) = users
         pools = user.op == "call_function" and axis == 1 and MAX_POOL.get(op_name(user)) == axes - 2
         if more or not pools or not bool((scale > 0).all()):
             return []
         node = user
+
+
+def readers_of(node: fx.Node) -> list[fx.Node]:
+    """The operations that use a value, and the output; not checks of its dtype."""
+    return [user for user in node.users if user.op != "call_function" or op_name(user) not in SILENT]
 
 
 def _reader(user: fx.Node, node: fx.Node, axis: int, module: Replaceable | None) -> Replaceable | None:
