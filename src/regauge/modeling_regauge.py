@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from . import norms_regauge
+from .norms_regauge import MODULES as NORMS
 
 KEY = "regauge"
 PREFIX = "Regauge"
@@ -238,7 +238,7 @@ def embedding(rows: int, size: int, padding: int | None, device: Any = None, dty
 
 
 MODULES: dict[str, Any] = {
-    **norms_regauge.MODULES,
+    **NORMS,
     "norm": Norm,
     "linear": linear,
     "complex-linear": ComplexLinear,

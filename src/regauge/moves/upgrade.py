@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,6 +33,12 @@ class _Work:
     made: dict[str, Made] = field(default_factory=dict)
     drops: set[str] = field(default_factory=set)
     patches: list[Patch] = field(default_factory=list)
+
+    @cached_property
+    def layers(self) -> dict[str, int]:
+        """Path of each layer of a stack -> its number, from 1."""
+        stacks, _ = find_stacks(interpret(self.scene.trace))
+        return {layer.path: n for stack in stacks.values() for n, layer in enumerate(stack.layers, start=1)}
 
     def make(self, name: str, value: torch.Tensor, like: str) -> None:
         self.made[name] = Made(tuple(value.shape), like, lambda _: value)
@@ -106,19 +113,9 @@ def _magnitude(work: _Work, module: Replaceable) -> None:
 
 def _scaled(work: _Work, module: Replaceable) -> None:
     """(√ℓ g ⊙ x̂ + √ℓ b) / √ℓ in layer ℓ = 1, 2, …; norms outside the layers stay."""
-    number = _layer(work, module)
-    if number is not None:
-        work.norm(module, "scaled-norm", number**0.5, scale=number**-0.5)
-
-
-def _layer(work: _Work, module: Replaceable) -> int | None:
-    """Number of the layer that holds the module, from 1."""
-    stacks, _ = find_stacks(interpret(work.scene.trace))
-    for stack in stacks.values():
-        for number, layer in enumerate(stack.layers, start=1):
-            if module.path.startswith(f"{layer.path}."):
-                return number
-    return None
+    for path, number in work.layers.items():
+        if module.path.startswith(f"{path}."):
+            work.norm(module, "scaled-norm", number**0.5, scale=number**-0.5)
 
 
 def _branched(work: _Work, module: Replaceable) -> None:
@@ -151,7 +148,8 @@ def _readers(work: _Work, name: str) -> list[Replaceable]:
     while pending:
         node = pending.pop()
         for user in node.users:
-            if op_name(user) in CASTS:
+            same = op_name(user) == "aten.view" and user.meta["val"].shape[-1] == node.meta["val"].shape[-1]
+            if same or op_name(user) in CASTS:
                 pending.append(user)
                 continue
             reader = work.by_node.get(user.name)
