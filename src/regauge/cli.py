@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from regauge.cli_grow import grow
+from regauge.cli_lr import lr
 from regauge.cli_norms import fold, norms, upgrade
 from regauge.cli_options import AsJson, Memory, Out, Source, Storage, TextFile, write_and_show
 from regauge.cli_support import (
@@ -156,6 +157,7 @@ app.command()(grow)
 app.command()(norms)
 app.command()(upgrade)
 app.command()(fold)
+app.command()(lr)
 
 
 @app.command()
