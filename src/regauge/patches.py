@@ -34,8 +34,12 @@ _KINDS = (
     *(nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, Norm, TransposedLinear, Convolution, nn.Embedding),
 )
+_STORED = ("regauge.nn.repbn.PRepBN", "regauge.nn.repbn.RepBN", "regauge.nn.unified.UnifiedNorm")
 PLAIN = frozenset(
-    (*(f"{kind.__module__}.{kind.__qualname__}" for kind in _KINDS), "transformers.pytorch_utils.Conv1D")
+    (
+        *(f"{kind.__module__}.{kind.__qualname__}" for kind in _KINDS),
+        *("transformers.pytorch_utils.Conv1D", *_STORED),
+    )
 )
 """Classes whose code is known to do the same whatever comes in. A trace shows one path through a module; a
 module of another class may take another path on other inputs, which a replacement would not, unless its code
