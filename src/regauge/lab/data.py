@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch.nn import functional
@@ -72,11 +73,7 @@ def prepare(config: RunConfig) -> Data:
     """
     data, model = config.data, config.model
     if model.kind == "decoder":
-        from regauge.packaged import text
-
-        whole = torch.frombuffer(
-            bytearray(text(data.characters, data.text).encode()), dtype=torch.uint8
-        ).long()
+        whole = _bytes(data.characters, data.text)
         cut = len(whole) * 9 // 10
         if len(whole) - cut < model.context + 2:
             raise BadInput("the text is too short for its context", found=f"{len(whole)} bytes")
@@ -88,6 +85,14 @@ def prepare(config: RunConfig) -> Data:
     train, labels = digits(data.digits, model.image, data.noise, seed=0)
     held, held_labels = digits(max(data.digits // 4, data.batch), model.image, data.noise, seed=1)
     return Data(train, held, labels, held_labels, 0, data.batch, data.held_out)
+
+
+@cache
+def _bytes(characters: int, source: str | None) -> torch.Tensor:
+    """A text as bytes, [positions]."""
+    from regauge.packaged import text
+
+    return torch.frombuffer(bytearray(text(characters, source).encode()), dtype=torch.uint8).long()
 
 
 def loss_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -39,7 +40,7 @@ class GroupNorm(nn.GroupNorm):
 
 TOKENS: Mapping[str, Callable[..., nn.Module]] = {
     "layer": nn.LayerNorm,
-    "rms": nn.RMSNorm,
+    "rms": functools.partial(nn.RMSNorm, eps=1e-6),
     "crms": CRMSNorm,
     "seed": SeeDNorm,
     "gated": GatedNorm,

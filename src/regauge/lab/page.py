@@ -9,6 +9,7 @@ from importlib import resources
 from typing import Any
 
 from regauge.report.markup import Cell, Column, Markup, code, data, h, join, table
+from regauge.report.names import layer, role
 from regauge.report.text import blank, short
 
 GENERATOR = "regauge lab report"
@@ -110,8 +111,8 @@ def charts(
             "x": "parts of the model, from the input to the output",
             "names": list(names),
             "shapes": [[] for _ in names],
-            "roles": [name.split(".")[0] for name in names],
-            "layers": [["", None] for _ in names],
+            "roles": [role(name) for name in names],
+            "layers": [list(layer(name)) for name in names],
             "series": series,
             "metrics": [
                 _by_part(key, "at the end", -1, names, held, groups),
