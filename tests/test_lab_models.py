@@ -119,6 +119,15 @@ def test_each_placement_has_the_norms_of_the_literature() -> None:
         assert sum(isinstance(module, nn.LayerNorm) for module in model.modules()) == count, placement
 
 
+def test_a_norm_with_a_nonlinearity_takes_the_place_of_the_activation() -> None:
+    for norm, placement, same in (("evonorm-b0", "pre", True), ("evonorm-b0", "post", False)):
+        nets = [
+            small(kind="cnn", norm=norm, placement=placement, activation=activation)
+            for activation in ("relu", "tanh")
+        ]
+        assert torch.equal(nets[0](IMAGE), nets[1](IMAGE)) == same
+
+
 @pytest.mark.parametrize("init", INITS)
 def test_inits_differ_and_repeat(init: str) -> None:
     one, two = (build({**SMALL, "init": init}, seed=3).state_dict() for _ in range(2))
@@ -142,6 +151,8 @@ def test_what_inits_say_of_themselves() -> None:
     )
     identity = build({**wide, "init": "idinit"}).get_parameter("layers.3.attention.sublayer.value.weight")
     assert torch.equal(identity, torch.eye(128))
+    last = build({**wide, "init": "idinit"}).get_parameter("layers.3.attention.sublayer.out.weight")
+    assert float(last.detach().abs().max()) == pytest.approx(1e-6)
     scaled = build({**wide, "init": "vi3nr", "activation": "relu"})
     down = scaled.get_parameter("layers.0.mlp.sublayer.down.weight")
     assert float(down.detach().std()) == pytest.approx(math.sqrt(2 / 256), rel=0.02)

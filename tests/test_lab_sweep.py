@@ -169,6 +169,17 @@ def test_the_commands_show_a_table_and_errors(done: Path, tmp_path: Path) -> Non
     assert "holds no results" in empty.stderr
 
 
+def test_an_interrupted_sweep_says_how_to_go_on(done: Path, tmp_path: Path) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("regauge.lab.sweep.run_one", stop)
+        ended = CliRunner().invoke(app, ["lab", "run", str(done / "sweep.yaml"), str(tmp_path / "out")])
+    assert ended.exit_code == 130
+    assert "the same command again" in ended.stderr
+
+
 def embedded(page: str) -> dict[str, Any]:
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
     assert found is not None

@@ -150,17 +150,22 @@ def test_the_first_record_is_what_autograd_says() -> None:
     assert first["lr"] == pytest.approx(3e-3 / 3)
 
 
-def test_the_end_is_measured_without_moving_anything() -> None:
-    """The model of a run of twelve steps is that of a longer one after twelve, statistics too."""
-    model = {"norm": "batch"}
-    run = config(model=model, statistics=True, optimizer={"schedule": "constant"})
+def test_records_move_nothing(tmp_path: Path) -> None:
+    """After twelve steps with records, the last at the end, the state is that of a longer run without any."""
+    run = config(model={"norm": "batch"}, statistics=True, optimizer={"schedule": "constant"})
     ended = train(run).model.state_dict()
-    seen: dict[str, Any] = {}
-    longer = run.model_copy(update={"steps": 14})
-    # A record is due at step 10 and at the end: neither may show in the state.
-    plain = train(longer.model_copy(update={"steps": 12, "statistics": False, "log_every": 100})).model
-    seen.update(plain.state_dict())
-    assert all(torch.equal(ended[name], seen[name]) for name in ended)
+    quiet = {"steps": 14, "log_every": 100, "checkpoint_every": 12, "statistics": False}
+    train(run.model_copy(update=quiet), tmp_path)
+    between = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
+    assert any(name.endswith("running_var") for name in between)
+    assert all(torch.equal(ended[name], between[name]) for name in ended)
+
+
+def test_a_clipped_step_has_the_length_that_was_asked_for() -> None:
+    run = config(optimizer={"name": "sgd", "lr": 1.0, "warmup": 0, "clip": 0.01}, steps=1)
+    after, before = train(run).model.state_dict(), build(run.model, run.seed).state_dict()
+    moved = torch.cat([(after[name] - before[name]).flatten() for name in after])
+    assert float(moved.norm()) == pytest.approx(0.01, rel=1e-3)
 
 
 def test_runs_that_diverge_say_so() -> None:

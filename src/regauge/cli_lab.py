@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from regauge.cli_options import AsJson
-from regauge.cli_support import outcome, print_json, progress_bar, show
+from regauge.cli_support import EXIT_INTERRUPTED, outcome, print_json, progress_bar, show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,13 +39,17 @@ def run(
       regauge lab run benchmarks/lab/depth.yaml out
       regauge lab run sweep.yaml out --jobs 2 --json
     """
-    with outcome(as_json=json, resumes=True):
+    with outcome(as_json=json):
         from regauge.lab.config import load_sweep
         from regauge.lab.sweep import run_sweep, summary
 
         plan = load_sweep(sweep)
-        with progress_bar(quiet=json) as progress:
-            results = run_sweep(plan, out, jobs=jobs, progress=progress)
+        try:
+            with progress_bar(quiet=json) as progress:
+                results = run_sweep(plan, out, jobs=jobs, progress=progress)
+        except KeyboardInterrupt as error:
+            print("\nInterrupted. Run the same command again to go on from here.", file=sys.stderr)
+            raise typer.Exit(EXIT_INTERRUPTED) from error
         rows = summary(results)
         if json:
             print_json({"sweep": plan.name, "out": str(out), "summary": rows, "results": list(results)})
