@@ -132,7 +132,7 @@ def shortened(sweep: SweepConfig, steps: int | None) -> SweepConfig:
     """The same with fewer steps and one seed, to see that it works."""
     if steps is None:
         return sweep
-    base = {**sweep.base, "steps": steps, "log_every": max(2, steps // 2)}
+    base = {**sweep.base, "steps": steps, "log_every": steps}
     return sweep.model_copy(update={"base": base, "seeds": sweep.seeds[:1]})
 
 
