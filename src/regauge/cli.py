@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from regauge.cli_grow import grow
+from regauge.cli_lab import lab
 from regauge.cli_lr import lr
 from regauge.cli_norms import fold, norms, upgrade
 from regauge.cli_options import AsJson, Memory, Out, Source, Storage, TextFile, write_and_show
@@ -158,6 +159,7 @@ app.command()(norms)
 app.command()(upgrade)
 app.command()(fold)
 app.command()(lr)
+app.add_typer(lab)
 
 
 @app.command()
