@@ -217,7 +217,6 @@ def test_the_stream_of_a_pre_rmsnorm_decoder_can_be_rotated() -> None:
     assert not torch.allclose(turned.get_parameter("embedding.weight"), model.embedding.weight)
 
 
-@pytest.mark.xfail(reason="a cast that casts nothing is taken for a part of the norm", strict=True)
 @pytest.mark.parametrize(
     ("norm", "options"), [("unified", {"warmup": 5}), ("prepbn", {"steps": 10}), ("repbn", {})]
 )
