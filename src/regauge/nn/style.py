@@ -44,9 +44,10 @@ class AdaIN(Normalisation):
         """
         _same_channels(content, style)
         x, s = upcast(content), upcast(style)
-        mean, variance = x.mean((2, 3), keepdim=True), x.var((2, 3), unbiased=False, keepdim=True)
-        z = (x - mean) / torch.sqrt(variance + self.eps)
-        return (s.std((2, 3), keepdim=True) * z + s.mean((2, 3), keepdim=True)).to(content.dtype)
+        variance, mean = torch.var_mean(x, (2, 3), unbiased=False, keepdim=True)
+        spread, shift = torch.std_mean(s, (2, 3), keepdim=True)
+        gain = spread / torch.sqrt(variance + self.eps)
+        return ((x - mean) * gain + shift).to(content.dtype)
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"
