@@ -44,10 +44,9 @@ class AdaIN(Normalisation):
         """
         _same_channels(content, style)
         x, s = upcast(content), upcast(style)
-        variance, mean = torch.var_mean(x, (2, 3), unbiased=False, keepdim=True)
-        spread, shift = torch.std_mean(s, (2, 3), keepdim=True)
-        gain = spread / torch.sqrt(variance + self.eps)
-        return ((x - mean) * gain + shift).to(content.dtype)
+        off = x - x.mean((2, 3), keepdim=True)
+        gain = s.std((2, 3), keepdim=True) / torch.sqrt(off.square().mean((2, 3), keepdim=True) + self.eps)
+        return (off * gain + s.mean((2, 3), keepdim=True)).to(content.dtype)
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"
