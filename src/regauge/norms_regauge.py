@@ -16,7 +16,6 @@ g and b stand for a gain and a shift [size], ``weight`` and ``bias``, which star
 are computed in float32 or better; y has the dtype of x. An argument out of range is a ValueError.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -47,12 +46,15 @@ def normalise(
     Torch computes its statistics in float32 or better whatever the dtype of x, and rounds at the end. It is
     given x in float32 or better where another operation follows, or where g or b has another dtype than x.
     """
-    given = [held.dtype for held in (gain, shift) if held is not None]
     dtype = x.dtype
-    if (form == "rms" and shift is not None) or any(other != dtype for other in given):
-        dtype = functools.reduce(torch.promote_types, given, torch.promote_types(dtype, torch.float32))
-    x = _cast(x, dtype)
-    gain, shift = (None if held is None else _cast(held, dtype) for held in (gain, shift))
+    others = (gain is not None and gain.dtype != dtype) or (shift is not None and shift.dtype != dtype)
+    if others or (form == "rms" and shift is not None):
+        for held in (torch.float32, gain, shift):
+            if held is not None:
+                dtype = torch.promote_types(dtype, held if isinstance(held, torch.dtype) else held.dtype)
+        x = _cast(x, dtype)
+        gain = None if gain is None else _cast(gain, dtype)
+        shift = None if shift is None else _cast(shift, dtype)
     if form == "layer":
         return functional.layer_norm(x, x.shape[-1:], gain, shift, eps)
     y = functional.rms_norm(x, x.shape[-1:], gain, eps)
