@@ -25,7 +25,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from timing import BEYOND_CACHE, Bench, Norm, Variants, compiler, keep, onnx_runner, parser
+from regauge.modeling_regauge import Norm
+from timing import BEYOND_CACHE, Bench, Variants, compiler, keep, onnx_runner, parser
 
 CONTEXT = 1024
 """Tokens cached for each sequence when decoding."""

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from timing import BEYOND_CACHE, Bench, Norm, Variants, compiler, keep, parser
+from regauge.modeling_regauge import Norm
+from timing import BEYOND_CACHE, Bench, Variants, compiler, keep, parser
 
 MODES = ("eager", "compiled")
 LAYERS: dict[str, dict[str, Any]] = {

@@ -15,38 +15,22 @@ import functools
 import logging
 import math
 import statistics
-import sys
 import tempfile
 import time
-import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
 
 from harness import machine, save, table
 
-SOURCE = Path(__file__).parent.parent / "src" / "regauge" / "modeling_regauge.py"
 LEAST = 5
 """Rounds that are made however long they take."""
 BEYOND_CACHE = 160e6
 """Bytes of weights or activations that no cache holds."""
-
-
-def load_norm() -> Any:
-    """``Norm`` from the runtime file, which imports transformers: not for Norm, so a stub does."""
-    module = types.ModuleType(SOURCE.stem)
-    with mock.patch.dict(sys.modules, transformers=types.ModuleType("transformers")):
-        exec(compile(SOURCE.read_text(), SOURCE, "exec"), module.__dict__)
-    sys.modules[SOURCE.stem] = module  # where the compiler looks for it
-    return module.Norm
-
-
-Norm = load_norm()
 
 
 Variants = dict[str, tuple[Callable[[Any], Any], list[Any]]]
@@ -197,12 +181,18 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def keep(name: str, bench: Bench, key: str, cases: list[dict[str, Any]]) -> None:
+def keep(
+    name: str,
+    bench: Bench,
+    key: str,
+    cases: list[dict[str, Any]],
+    show: Callable[[list[dict[str, Any]]], str] = rendered,
+) -> None:
     """Print, and unless it was only tried out, save under ``results/NAME-DEVICE.json``."""
     here = {**machine(), "threads": torch.get_num_threads()}
     if bench.gpu:
         here |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    print("\n" + rendered(cases) + "\n", flush=True)
+    print("\n" + show(cases) + "\n", flush=True)
     if not bench.quick:
         content = {key: {"machine": here, "cases": cases}}
         save(f"{name}-{bench.here['device']}", content)

@@ -26,15 +26,39 @@ from torch.nn import functional
 
 def wide(x: torch.Tensor) -> torch.Tensor:
     """x in float32 or better."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return _cast(x, torch.promote_types(x.dtype, torch.float32))
 
 
-def normalise(x: torch.Tensor, form: str, eps: float) -> torch.Tensor:
-    """x̂ as in the table above, in float32 or better."""
-    z = wide(x)
+def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in this dtype, without an operation where it has it."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def normalise(
+    x: torch.Tensor,
+    form: str,
+    eps: float,
+    gain: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """g ⊙ x̂ + b as one operation of torch, and one addition where an RMSNorm has a shift.
+
+    Torch computes its statistics in float32 or better whatever the dtype of x, and rounds at the end. It is
+    given x in float32 or better where another operation follows, or where g or b has another dtype than x.
+    """
+    dtype = x.dtype
+    others = (gain is not None and gain.dtype != dtype) or (shift is not None and shift.dtype != dtype)
+    if others or (form == "rms" and shift is not None):
+        for held in (torch.float32, gain, shift):
+            if held is not None:
+                dtype = torch.promote_types(dtype, held if isinstance(held, torch.dtype) else held.dtype)
+        x = _cast(x, dtype)
+        gain = None if gain is None else _cast(gain, dtype)
+        shift = None if shift is None else _cast(shift, dtype)
     if form == "layer":
-        return functional.layer_norm(z, z.shape[-1:], None, None, eps)
-    return functional.rms_norm(z, z.shape[-1:], None, eps)
+        return functional.layer_norm(x, x.shape[-1:], gain, shift, eps)
+    y = functional.rms_norm(x, x.shape[-1:], gain, eps)
+    return y if shift is None else y + shift
 
 
 class Gained(nn.Module):
@@ -94,7 +118,12 @@ class Normed(Gained):
         self.eps, self.form = eps, form
 
     def normalised(self, x: torch.Tensor) -> torch.Tensor:
-        return normalise(x, self.form, self.eps)
+        """x̂, in float32 or better."""
+        return normalise(wide(x), self.form, self.eps)
+
+    def plain(self, x: torch.Tensor) -> torch.Tensor:
+        """g ⊙ x̂ + b, in the dtype of x or a wider one."""
+        return normalise(x, self.form, self.eps, self.gain(), self.bias)
 
 
 class SeeDNorm(Normed):
@@ -177,7 +206,7 @@ class GatedNorm(Normed):
         nn.init.normal_(self.down, std=size**-0.5)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        z = self.affine(self.normalised(input))
+        z = self.plain(wide(input))
         inner = functional.silu(functional.linear(z.to(self.down.dtype), self.down))
         return (torch.sigmoid(wide(functional.linear(inner, self.up))) * z).to(input.dtype)
 
@@ -197,7 +226,7 @@ class PreAffine(Normed):
         self.scale = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self.affine(self.normalised(wide(input) * self.scale)).to(input.dtype)
+        return self.plain(wide(input) * self.scale).to(input.dtype)
 
 
 class ScaledNorm(Normed):
@@ -214,7 +243,7 @@ class ScaledNorm(Normed):
         self.scale = scale
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return (self.affine(self.normalised(input)) * self.scale).to(input.dtype)
+        return (self.plain(wide(input)) * self.scale).to(input.dtype)
 
 
 class MagnitudeNorm(Normed):
@@ -245,7 +274,7 @@ class MagnitudeNorm(Normed):
         return self.magnitude * (v / torch.linalg.vector_norm(v))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self.affine(self.normalised(input)).to(input.dtype)
+        return self.plain(input).to(input.dtype)
 
 
 class BranchedNorm(Normed):
@@ -382,7 +411,8 @@ class BHyT(Gained):
     def forward(self, input: torch.Tensor, square_mean: torch.Tensor | None = None) -> torch.Tensor:
         x = wide(input)
         m = x.square().mean(-1, keepdim=True) if square_mean is None else square_mean
-        return self.affine(torch.tanh(self.lam / self.kappa * x * torch.rsqrt(m + self.eps))).to(input.dtype)
+        inverse = self.lam / self.kappa * torch.rsqrt(m + self.eps)
+        return self.affine(torch.tanh(x * inverse)).to(input.dtype)
 
 
 MODULES: dict[str, Any] = {

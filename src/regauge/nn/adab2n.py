@@ -135,8 +135,9 @@ class _AdaB2N(Normalisation):
         else:
             mean, variance = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
             self.loss = None
-        z = (x - mean[:, None]) / torch.sqrt(variance + self.eps)[:, None]
-        return (self.weight[:, None] * z + self.bias[:, None]).reshape(input.shape).to(input.dtype)
+        gain = self.weight / torch.sqrt(variance + self.eps)
+        y = (x - mean[:, None]) * gain[:, None] + self.bias[:, None]
+        return y.reshape(input.shape).to(input.dtype)
 
     def _move(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
         with torch.no_grad():

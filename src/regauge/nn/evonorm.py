@@ -11,7 +11,7 @@ from regauge.errors import Refused
 from regauge.nn.affine import Affine
 from regauge.nn.base import Normalisation
 from regauge.nn.entry import Entry, Law, Moved, generic
-from regauge.nn.statistics import position_mean, randomise, upcast
+from regauge.nn.statistics import position_mean, randomise, upcast, variance
 
 
 def _column(values: torch.Tensor) -> torch.Tensor:
@@ -115,7 +115,7 @@ class EvoNormB0(_EvoNorm):
                 self.moving_variance.copy_(self.decay * self.moving_variance + (1 - self.decay) * batch)
         else:
             batch = self.moving_variance.to(x.dtype)
-        own = x.var((2, 3), unbiased=self.unbiased, keepdim=True)
+        own = variance(x, (2, 3), unbiased=self.unbiased)
         denominator = torch.maximum(
             _column(torch.sqrt(batch + self.eps)), _column(self.v) * x + torch.sqrt(own + self.eps)
         )
@@ -162,7 +162,7 @@ class EvoNormS0(_EvoNorm):
         if self.v is None:
             return self._affine(x, input.dtype)
         grouped = (x * torch.sigmoid(_column(self.v) * x)).unflatten(1, (self.groups, -1))
-        s = x.unflatten(1, (self.groups, -1)).var((2, 3, 4), unbiased=self.unbiased, keepdim=True)
+        s = variance(x.unflatten(1, (self.groups, -1)), (2, 3, 4), unbiased=self.unbiased)
         return self._affine((grouped / torch.sqrt(s + self.eps)).flatten(1, 2), input.dtype)
 
 

@@ -22,7 +22,7 @@ from regauge.nn.support import (
     with_affine,
     without_gain,
 )
-from regauge.norms_regauge import Gained, Normed, wide
+from regauge.norms_regauge import Gained, Normed, normalise, wide
 
 
 class LayerNorm(Normed, Normalisation):
@@ -42,7 +42,7 @@ class LayerNorm(Normed, Normalisation):
         super().__init__(size, eps, "layer", bias=bias, **gained)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self.affine(self.normalised(input)).to(input.dtype)
+        return self.plain(input).to(input.dtype)
 
     def fold(self) -> nn.Module:
         """x̂ without gain and shift, then :class:`regauge.nn.Affine`."""
@@ -92,6 +92,8 @@ class RMSNorm(Gained, Normalisation):
             raise ValueError(f"the mean of {self.counted} of {size} entries")
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self._usual():
+            return normalise(input, "rms", self.eps, self.gain(), self.bias).to(input.dtype)
         x = wide(input)
         part = x[..., : self.counted]
         if self.outside:
@@ -102,11 +104,14 @@ class RMSNorm(Gained, Normalisation):
             y = x * torch.rsqrt(part.square().mean(-1, keepdim=True) + self.eps)
         return self.affine(y).to(input.dtype)
 
+    def _usual(self) -> bool:
+        """Whether it is the RMSNorm of torch."""
+        return not self.outside and self.counted == self.size
+
     def fold(self) -> nn.Module:
         """x̂ without gain and shift, then :class:`regauge.nn.Affine`."""
         self._settled()
-        usual = not self.outside and self.counted == self.size
-        bare = bare_norm("rms", self.size, self.eps) if usual else without_gain(self)
+        bare = bare_norm("rms", self.size, self.eps) if self._usual() else without_gain(self)
         return with_affine(bare, self.weight, self.bias)
 
     @classmethod

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from regauge.errors import BadInput, Refused
 from regauge.nn.affine import Affine
@@ -30,8 +31,7 @@ class GroupScaling(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         x = upcast(input).unflatten(-1, (self.groups, -1))
-        u = x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps)
-        return u.flatten(-2).to(input.dtype)
+        return functional.rms_norm(x, x.shape[-1:], None, self.eps).flatten(-2).to(input.dtype)
 
     def extra_repr(self) -> str:
         return f"groups={self.groups}, eps={self.eps}"
@@ -131,14 +131,12 @@ class PowerNorm(Normalisation):
         """y for x = ``input``; ``pad_mask``, the shape of x without c, is true at padding."""
         u = self.scaling(upcast(input))
         if not self.training:
-            z = u / torch.sqrt(self.running_phi.to(u.dtype) + self.eps)
-        else:
-            with torch.no_grad():
-                mean = position_mean(u * u, kept(u, pad_mask), local=not self.synchronize)[0]
-                used = hold(self._step(mean))
-            z = _Power.apply(
-                u, used, mean, self.ema_gz, self.eps, self.gradient_momentum, not self.synchronize
-            )
+            gain = self.weight / torch.sqrt(self.running_phi.to(u.dtype) + self.eps)
+            return (u * gain + self.bias).to(input.dtype)
+        with torch.no_grad():
+            mean = position_mean(u * u, kept(u, pad_mask), local=not self.synchronize)[0]
+            used = hold(self._step(mean))
+        z = _Power.apply(u, used, mean, self.ema_gz, self.eps, self.gradient_momentum, not self.synchronize)
         return (self.weight * z + self.bias).to(input.dtype)  # type: ignore[operator]
 
     def _step(self, mean: torch.Tensor) -> torch.Tensor:

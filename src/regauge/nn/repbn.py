@@ -94,7 +94,7 @@ class RepBN(Normalisation):
                 self._move(mean, variance * count / (count - 1).clamp_min(1), counted)
         else:
             mean, variance = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
-        z = self.weight * (x - mean) / torch.sqrt(variance + self.eps) + self.bias
+        z = (x - mean) * (self.weight / torch.sqrt(variance + self.eps)) + self.bias
         if self.pass_padding and keep is not None:
             z = torch.where(keep.to(torch.bool), z, x)
         return (z + self.alpha * x).to(input.dtype)

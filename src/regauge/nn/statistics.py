@@ -112,6 +112,17 @@ def position_mean(
     return values / count, count.squeeze(0)
 
 
+def variance(x: torch.Tensor, axes: tuple[int, ...], *, unbiased: bool = False) -> torch.Tensor:
+    """Σ (x − mean x)² / n over these axes, which are kept with length 1; n is their size, less 1 if unbiased.
+
+    On a CPU ``torch.var`` goes through x in one slow pass; there it is written out, in several fast ones.
+    """
+    if x.device.type != "cpu":
+        return x.var(axes, unbiased=unbiased, keepdim=True)
+    squares = (x - x.mean(axes, keepdim=True)).square().sum(axes, keepdim=True)
+    return squares / (x.numel() // squares.numel() - int(unbiased))
+
+
 def randomise(buffer: torch.Tensor, random: torch.Generator, low: float = 0.5, high: float = 1.5) -> None:
     """buffer ← uniform in [low, high]: generic running statistics."""
     with torch.no_grad():

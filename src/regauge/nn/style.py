@@ -44,9 +44,9 @@ class AdaIN(Normalisation):
         """
         _same_channels(content, style)
         x, s = upcast(content), upcast(style)
-        mean, variance = x.mean((2, 3), keepdim=True), x.var((2, 3), unbiased=False, keepdim=True)
-        z = (x - mean) / torch.sqrt(variance + self.eps)
-        return (s.std((2, 3), keepdim=True) * z + s.mean((2, 3), keepdim=True)).to(content.dtype)
+        off = x - x.mean((2, 3), keepdim=True)
+        gain = s.std((2, 3), keepdim=True) / torch.sqrt(off.square().mean((2, 3), keepdim=True) + self.eps)
+        return (off * gain + s.mean((2, 3), keepdim=True)).to(content.dtype)
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"

@@ -45,11 +45,11 @@ class _Unified(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         z, weight, v, ratio, step, skip = ctx.saved_tensors
         eps, momentum, warmup, local = ctx.settings
-        g = gradient * ratio
-        of_weight = (g * z).reshape(-1, z.shape[-1]).sum(0)
-        g = g * weight
+        # r and w belong to channels, so Σ r·∂y·z and the mean of r·w·∂y·z are factors times the same sum.
+        product = gradient * z
+        of_weight = ratio * product.reshape(-1, z.shape[-1]).sum(0)
         with torch.no_grad():
-            c = position_mean(g * z, local=local)[0]
+            c = ratio * weight * position_mean(product, local=local)[0]
             nu, window = ctx.nu.to(c.dtype), ctx.window.to(c.dtype)
             size = window.shape[0]
             here = (torch.arange(size, device=c.device) == step % size).unsqueeze(-1)
@@ -59,7 +59,9 @@ class _Unified(torch.autograd.Function):
             new = momentum * nu + (1 - momentum) * smooth
             ctx.nu.copy_(new)
             kappa = torch.where(skip, smooth, new)
-        return (g - kappa * z) / torch.sqrt(v + eps), of_weight, None, None, None, None, None
+        inverse = 1 / torch.sqrt(v + eps)
+        of_x = gradient * (ratio * weight * inverse) - z * (kappa * inverse)
+        return of_x, of_weight, None, None, None, None, None
 
 
 class UnifiedNorm(Normalisation):
@@ -140,7 +142,7 @@ class UnifiedNorm(Normalisation):
         """y for x = ``input``; ``pad_mask``, the shape of x without c, is true at padding."""
         x = upcast(input)
         if not self.training:
-            product = self.weight * x / torch.sqrt(self.running_var.to(x.dtype) + self.eps)
+            product = x * (self.weight / torch.sqrt(self.running_var.to(x.dtype) + self.eps))
         else:
             with torch.no_grad():
                 mean = position_mean(x * x, kept(x, pad_mask), local=not self.synchronize)[0]
