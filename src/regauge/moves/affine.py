@@ -15,6 +15,7 @@ from torch import fx
 
 from regauge.interpret import op_name
 from regauge.moves.base import Scene
+from regauge.moves.forward import readers_of
 from regauge.patches import PLAIN
 from regauge.primitive import CASTS, SILENT
 from regauge.trace import Trace, module_path, module_stack
@@ -30,7 +31,7 @@ class AffineModule:
         scale, shift: float64, with as many axes as x.
         norm: z is the norm (form, size, eps) of x over its last axis; None: it is x.
         weight: z is W x over its last axis, W [out, in]; None: it is x.
-        passed: x itself leaves the module too, as a cast to the dtype it has.
+        alone: nothing else reads x, and it does not leave the module as a cast to the dtype it has.
         own: parameters and buffers of the module by state-dict name, the first floating.
     """
 
@@ -41,7 +42,7 @@ class AffineModule:
     shift: torch.Tensor
     norm: tuple[str, int, float] | None
     weight: torch.Tensor | None
-    passed: bool
+    alone: bool
     own: tuple[str, ...]
 
     @property
@@ -79,7 +80,8 @@ def affine_modules(scene: Scene, wanted: Callable[[frozenset[str]], bool]) -> It
         except _Other:
             continue
         held = (value.scale, value.shift, value.norm, value.weight)
-        yield AffineModule(path, source, result, *held, walk.passed, own)
+        inside = all(user in walk.inside for user in readers_of(source))
+        yield AffineModule(path, source, result, *held, inside and not walk.passed, own)
 
 
 def _outermost(trace: Trace) -> dict[str, list[fx.Node]]:

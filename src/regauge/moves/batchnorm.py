@@ -121,7 +121,7 @@ def _kept(found: AffineModule) -> str:
 def _writer(found: AffineModule, by_node: Mapping[str, Replaceable]) -> tuple[Replaceable | None, bool]:
     """The map whose output only the batch norm reads, if there is one, and whether through a rectifier."""
     node, through = found.source, False
-    while not found.passed and len(readers_of(node)) == 1:
+    while found.alone if node is found.source else len(readers_of(node)) == 1:
         module = by_node.get(node.name)
         if module is not None:
             positions = len(module.patch.get("kernel", ()))

@@ -11,6 +11,7 @@ from regauge.nn.compander import Compander, compand
 from regauge.nn.entry import Entry, Law
 from regauge.nn.evonorm import EvoNormB0, EvoNormS0
 from regauge.nn.fixup import FixupBlock
+from regauge.nn.fused import fused
 from regauge.nn.gated import GatedNorm, PreAffine
 from regauge.nn.placement import Placement, Residual, placements
 from regauge.nn.plain import CRMSNorm, LayerNorm, RMSNorm
@@ -64,6 +65,7 @@ __all__ = [
     "SeeDNorm",
     "UnifiedNorm",
     "compand",
+    "fused",
     "placements",
     "read_norm",
 ]
