@@ -119,13 +119,15 @@ def vision(name: str) -> Any:
 
 @pytest.mark.parametrize("name", ["dinov2", "beit"])
 def test_layer_scales_of_transformers(name: str, tmp_path: Path) -> None:
-    """Without its layer scales the stream turns: they were what stopped it."""
+    """Without its layer scales the stream turns: they were what stopped it. That of DINOv2 stays where it is:
+    its code can put a mask token into it, which is not read where there is no mask."""
     model = vision(name)
     model.save_pretrained(tmp_path / "source")
     moves = ["fold-shifts", "fold-scales", "fold-layer-scale"]
-    with pytest.raises(Refused, match="lambda"):
+    with pytest.raises(Refused, match="lambda" if name == "beit" else "mask_token on other inputs"):
         rewrite(tmp_path / "source", tmp_path / "no", {"moves": [*moves[:2], "rotate"]})
-    result = rewrite(tmp_path / "source", tmp_path / "out", {"moves": [*moves, "rotate", "strip"]})
+    moves += ["rotate"] * (name == "beit")
+    result = rewrite(tmp_path / "source", tmp_path / "out", {"moves": [*moves, "strip"]})
     assert result.certificate.evidence.exact.relative < 1e-12
     again = load(tmp_path / "out").eval()
     gains = {key: value for key, value in again.state_dict().items() if "lambda" in key}
