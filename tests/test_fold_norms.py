@@ -169,3 +169,64 @@ def test_back_to_what_it_was(tmp_path: Path) -> None:
         assert not any(type(module).__module__ == core.__name__ for module in again.modules())
         found = outputs(again, tmp_path / "source")
         assert distance(outputs(model, tmp_path / "source"), found) < 1e-6
+
+
+class Placed(nn.Module):
+    """A gain for each position and a shift for each feature."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.gain, self.shift = nn.Parameter(torch.ones(9, 1)), nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, (9,), eps=1e-5) * self.gain + self.shift
+
+
+def test_a_gain_of_positions_is_none_of_features() -> None:
+    model = nn.Sequential(nn.Linear(5, 9), Placed(9), nn.Linear(9, 2)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+    with pytest.raises(Refused, match="more parameters"):
+        rewrite_module(model, (torch.randn(3, 9, 5).double(),), {"moves": ["collapse"]})
+
+
+class Divided(nn.Module):
+    """A norm by a stored variance, of features on the last axis."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.variance, self.shift = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(self.variance) + self.shift
+
+
+@pytest.mark.parametrize("kind", [UnifiedNorm, Divided])
+def test_features_stay_on_the_last_axis(kind: Callable[[int], nn.Module]) -> None:
+    """Of two axes the second is the last; what is left must not take it for the second of three."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), kind(6), nn.Tanh()).eval()
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())):
+            tensor.copy_(torch.rand(tensor.shape) + 0.5)
+    folded, _ = rewrite_module(model, (torch.randn(4, 6),), {"moves": ["fold-batchnorm"]})
+    assert isinstance(folded[2], Affine)
+    for x in (torch.randn(4, 5, 6), torch.randn(4, 6, 6)):
+        assert distance(model(x).detach(), folded(x).detach()) < 1e-6
+
+
+def test_one_number_and_one_axis() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), Divided(1)).eval()
+    with pytest.raises(Refused, match="no batch norm"):
+        rewrite_module(model, (torch.randn(6),), {"moves": ["fold-batchnorm"]})
+
+
+def test_a_norm_in_another_dtype_gives_that_of_its_input() -> None:
+    """Batch norms are often kept in float32 in a model in bfloat16; what is left of one is no cast."""
+    model = nn.Sequential(nn.Conv1d(3, 4, 3), nn.GELU(), nn.BatchNorm1d(4), nn.GELU(), nn.Conv1d(4, 2, 3))
+    model.to(torch.bfloat16).eval()[2].float()
+    x = torch.randn(2, 3, 9, dtype=torch.bfloat16)
+    folded, _ = rewrite_module(model, (x,), {"moves": ["fold-batchnorm"]})
+    assert isinstance(folded[2], Affine)
+    assert folded[:3](x).dtype == torch.bfloat16
+    assert distance(model(x).detach().float(), folded(x).detach().float()) < 2e-2

@@ -100,6 +100,14 @@ def test_groups_are_units_of_their_own() -> None:
     assert checked(net, IMAGE) == {"0.weight": (0, 3)}
 
 
+def test_groups_and_holes_of_a_transposed_convolution() -> None:
+    end = (nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
+    dilated = nn.Sequential(nn.ConvTranspose2d(4, 6, 3, dilation=2), *end)
+    assert checked(dilated, IMAGE) == {"0.weight": (1, 6)}
+    grouped = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.ConvTranspose2d(4, 6, 3, groups=2), *end)
+    assert checked(grouped, IMAGE)["0.weight"] == (0, 2)
+
+
 def test_two_maps_with_something_homogeneous_between() -> None:
     def net(between: nn.Module) -> nn.Module:
         ends = nn.RMSNorm(7, eps=EPS), nn.Linear(7, 2)

@@ -158,6 +158,37 @@ def test_a_norm_that_is_no_module_is_named() -> None:
     assert "probe" in dict(changed.get_submodule("norm").named_parameters())
 
 
+class Shifted(nn.Module):
+    """An RMSNorm with a shift of another name or shape than that of a norm."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(6)), nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.rms_norm(x, (6,), self.weight, 1e-5) + self.bias
+
+
+class Named(Shifted):
+    def __init__(self) -> None:
+        super().__init__(6)
+        self.shift, self.bias = self.bias, None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.rms_norm(x, (6,), self.weight, 1e-5) + self.shift
+
+
+@pytest.mark.parametrize("norm", [Named(), Shifted(1), Shifted(5, 6)])
+def test_a_shift_that_is_not_that_of_a_norm(norm: nn.Module) -> None:
+    x = torch.randn(3, 5, 6)
+    with pytest.raises(Refused, match="no norm to upgrade"):
+        rewrite_module(
+            nn.Sequential(norm, nn.Linear(6, 2)), (x,), {"moves": [{"name": "upgrade", "where": "0"}]}
+        )
+    changed, _ = rewrite_module(nn.Sequential(Shifted(6)), (x,), {"moves": ["upgrade"]})
+    assert "probe" in dict(changed[0].named_parameters())
+
+
 def test_a_wrong_factor_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mutant: the gate of one half is forgotten."""
     build("llama").save_pretrained(tmp_path / "source")
@@ -181,6 +212,9 @@ def test_commands(tmp_path: Path) -> None:
     kinds = {type(module).__name__ for module in load(tmp_path / "c").modules()}
     assert "MagnitudeNorm" not in kinds
     assert run(app, ["upgrade", source, str(tmp_path / "d"), "--norm", "dyt"]).exit_code == 2
+    ignored = run(app, ["upgrade", source, str(tmp_path / "d"), "--norm", "seednorm", "--rank", "4"])
+    assert ignored.exit_code == 2
+    assert "gatednorm" in ignored.output
     build("bert").save_pretrained(tmp_path / "bert")
     refused = run(app, ["upgrade", str(tmp_path / "bert"), str(tmp_path / "e"), "--norm", "rmsnorm"])
     assert refused.exit_code == 3

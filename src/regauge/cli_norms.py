@@ -96,6 +96,8 @@ def upgrade(
             moves = ["fold-shifts", "fold-scales"]
             first += [{"name": name, "optional": True} for name in moves]
             first += [{"name": "center", "norm": "rms"}]
+        elif rank is not None and norm is not Kind.GATEDNORM:
+            raise BadInput("--rank is the width of a gate", expected="--norm gatednorm", found=norm.value)
         else:
             given = {"where": where, "rank": rank}
             options = {name: value for name, value in given.items() if value is not None}

@@ -217,7 +217,8 @@ class Affine(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         shape = (-1, *(1,) * (0 if self.last else input.dim() - 2))
         y = input if self.weight is None else input * self.weight.reshape(shape)
-        return y if self.bias is None else y + self.bias.reshape(shape)
+        y = y if self.bias is None else y + self.bias.reshape(shape)
+        return y if y.dtype == input.dtype else y.to(input.dtype)
 
 
 class Identity(nn.Module):

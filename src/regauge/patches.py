@@ -199,7 +199,7 @@ def _norm(trace: Trace, path: str, nodes: list[fx.Node]) -> Replaceable | None:
         held.add((own_parameter(trace, path, weight), own_parameter(trace, path, bias)))
         calls.append(node)
         if (weight is not None and own_parameter(trace, path, weight) is None) or (
-            bias is not None and own_parameter(trace, path, bias) is None
+            bias is not None and not _is_shift(trace, path, bias, shape)
         ):
             return None
     if not calls or len(held) != 1 or any(option != options[0] for option in options):
@@ -223,6 +223,12 @@ def _primitive(trace: Trace, path: str, nodes: list[fx.Node]) -> Replaceable | N
     has = {"weight": norm.weight is not None, "bias": False}
     patch = {"path": path, "module": "norm", "form": "rms", "size": norm.size, "eps": norm.eps, **has}
     return Replaceable(path, patch, tuple(norm.node for norm in norms), norm.weight, None, norm.chart)
+
+
+def _is_shift(trace: Trace, path: str, value: Any, shape: Any) -> bool:
+    """A parameter of the module with a number for each entry, under the name that a norm gives it."""
+    name = own_parameter(trace, path, value)
+    return name is not None and name == f"{path}.bias" and trace.shapes[name] == tuple(shape)
 
 
 def _adds(node: fx.Node, norm: fx.Node) -> bool:

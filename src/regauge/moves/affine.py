@@ -31,6 +31,7 @@ class AffineModule:
         scale, shift: float64, with as many axes as x.
         norm: z is the norm (form, size, eps) of x over its last axis; None: it is x.
         weight: z is W x over its last axis, W [out, in]; None: it is x.
+        second: the channels are on axis 1 however many axes there are, as those of a batch norm.
         alone: nothing else reads x, and it does not leave the module as a cast to the dtype it has.
         own: parameters and buffers of the module by state-dict name, the first floating.
     """
@@ -42,17 +43,22 @@ class AffineModule:
     shift: torch.Tensor
     norm: tuple[str, int, float] | None
     weight: torch.Tensor | None
+    second: bool
     alone: bool
     own: tuple[str, ...]
 
     @property
+    def axes(self) -> frozenset[int]:
+        """The axes of x along which scale and shift differ."""
+        held = (self.scale, self.shift)
+        return frozenset(axis for tensor in held for axis, size in enumerate(tensor.shape) if size > 1)
+
+    @property
     def axis(self) -> int | None:
         """The one axis of x along which scale and shift differ, if it is one."""
-        held = (self.scale, self.shift)
-        axes = {axis for tensor in held for axis, size in enumerate(tensor.shape) if size > 1}
-        if not axes and self.result.meta["val"].shape[1] == 1:
+        if not self.axes and self.result.meta["val"].shape[1:2] == (1,):
             return 1
-        return axes.pop() if len(axes) == 1 else None
+        return next(iter(self.axes)) if len(self.axes) == 1 else None
 
     def along(self, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and shift for each entry of y along its only axis, or along ``axis`` where all are alike."""
@@ -81,7 +87,7 @@ def affine_modules(scene: Scene, wanted: Callable[[frozenset[str]], bool]) -> It
             continue
         held = (value.scale, value.shift, value.norm, value.weight)
         inside = all(user in walk.inside for user in readers_of(source))
-        yield AffineModule(path, source, result, *held, inside and not walk.passed, own)
+        yield AffineModule(path, source, result, *held, walk.second, inside and not walk.passed, own)
 
 
 def _outermost(trace: Trace) -> dict[str, list[fx.Node]]:
@@ -162,7 +168,7 @@ class _Walk:
         self.names = {**scene.trace.parameters, **scene.trace.buffers}
         self.source: fx.Node | None = None
         self.values: dict[fx.Node, Any] = {}
-        self.passed = False
+        self.second = self.passed = False
 
     def run(self) -> tuple[fx.Node, fx.Node, _Affine]:
         """What enters, what leaves, and the map between them.
@@ -229,6 +235,7 @@ class _Walk:
             if first.norm is not None or first.weight is not None:
                 raise _Other
             return _Affine(scale, shift)
+        self.second = self.second or name in ("aten.batch_norm", _BATCH_NORM)
         if name == "aten.batch_norm" and isinstance(first, _Affine) and not args[5]:
             return _normed(first, *args[1:5], eps=args[7])
         if name == _BATCH_NORM and isinstance(first, _Affine):

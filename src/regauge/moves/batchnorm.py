@@ -44,7 +44,8 @@ def plan_fold_batchnorm(scene: Scene, options: Mapping[str, Any]) -> Change:
     left: list[tuple[AffineModule, int, torch.Tensor, torch.Tensor]] = []
     for found in affine_modules(scene, _has_root):
         axis = found.axis
-        same = found.source.meta["val"].shape == found.result.meta["val"].shape
+        before, after = found.source.meta["val"], found.result.meta["val"]
+        same = (before.shape, before.dtype) == (after.shape, after.dtype)
         if axis is None or not same or found.norm is not None or found.weight is not None:
             continue
         scale, shift = found.along(axis)
@@ -105,11 +106,11 @@ def _has_root(names: frozenset[str]) -> bool:
 
 
 def _kept(found: AffineModule) -> str:
-    """What stays: a map of axis 1, or of the last one."""
+    """What stays: a map of axis 1, or of the last one. Where these are one, the code says which is meant."""
+    if found.axis == found.source.meta["val"].dim() - 1 and not found.second:
+        return "affine-last"
     if found.axis == 1:
         return "affine"
-    if found.axis == found.source.meta["val"].dim() - 1:
-        return "affine-last"
     raise Refused(
         "a norm whose statistics are constants cannot be folded here",
         node=f"{found.result.name} in {found.path}",

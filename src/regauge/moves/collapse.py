@@ -55,7 +55,7 @@ def _worth(names: frozenset[str]) -> bool:
 
 def _norm(found: AffineModule) -> tuple[Patch, dict[str, torch.Tensor]] | None:
     last = found.source.meta["val"].dim() - 1
-    if found.norm is None or found.axis not in (None, last):
+    if found.norm is None or not found.axes <= {last}:
         return None
     form, size, eps = found.norm
     scale, shift = found.along(last)
@@ -66,7 +66,7 @@ def _norm(found: AffineModule) -> tuple[Patch, dict[str, torch.Tensor]] | None:
 
 def _linear(found: AffineModule) -> tuple[Patch, dict[str, torch.Tensor]] | None:
     last = found.source.meta["val"].dim() - 1
-    if found.weight is None or found.axis not in (None, last):
+    if found.weight is None or not found.axes <= {last}:
         return None
     scale, shift = found.along(last)
     outputs, inputs = found.weight.shape

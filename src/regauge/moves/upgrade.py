@@ -206,9 +206,10 @@ def plan_upgrade(scene: Scene, options: Mapping[str, Any]) -> Change:
             )
         KINDS[options["norm"]](work, module)
     if not work.patches:
+        place = "in a layer of a stack" if options["norm"] == "lns" else "in a module of its own"
         raise Refused(
             "there is no norm to upgrade here",
-            expected=f"a LayerNorm or RMSNorm in a module of its own{pattern and f' like {pattern}'}",
+            expected=f"a LayerNorm or RMSNorm {place}{pattern and f' like {pattern}'}",
             found=", ".join(norms) or "none",
         )
     return Change(

@@ -79,7 +79,7 @@ def _convolution(s: Degrees, node: fx.Node, key: Key, x: Arg, w: Arg, b: Arg | N
     """Output channels scale with the rows of the kernel; positions and what is summed over as one."""
     name = op_name(node)
     transposed = "transpose" in name or (name == "aten.convolution" and bool(rest[3]))
-    place = 5 if name == "aten.convolution" else (4 if "transpose" in name else 3)
+    place = 5 if name == "aten.convolution" else 3
     groups = int(rest[place]) if len(rest) > place else 1
     if x.rank != w.rank:
         raise Mixed("a convolution without a batch axis")
