@@ -15,6 +15,7 @@ from regauge.api import load, rewrite, rewrite_module
 from regauge.errors import Refused
 from regauge.modeling_regauge import Affine, Norm
 from regauge.moves import forward as forward_fold
+from regauge.nn.adab2n import AdaB2N1d, AdaB2N2d
 from regauge.nn.powernorm import PowerNorm
 from regauge.nn.repbn import PRepBN, RepBN
 from regauge.nn.unified import UnifiedNorm
@@ -230,3 +231,21 @@ def test_a_norm_in_another_dtype_gives_that_of_its_input() -> None:
     assert isinstance(folded[2], Affine)
     assert folded[:3](x).dtype == torch.bfloat16
     assert distance(model(x).detach().float(), folded(x).detach().float()) < 2e-2
+
+
+def test_positions_in_one_axis() -> None:
+    """AdaB2N takes all positions as one axis; its channels are on the second however many there are."""
+    flat = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), AdaB2N1d(6), nn.Tanh())
+    image = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Tanh(), AdaB2N2d(6), nn.Tanh())
+    for model, seen, other in (
+        (flat, torch.randn(4, 6), torch.randn(2, 6, 6)),
+        (image, torch.randn(2, 3, 4, 5), torch.randn(3, 3, 5, 2)),
+    ):
+        model.eval()
+        with torch.no_grad():
+            for tensor in (*model[2].parameters(), *(b for b in model.buffers() if b.is_floating_point())):
+                tensor.copy_(torch.rand(tensor.shape) + 0.5)
+        folded, _ = rewrite_module(model, (seen,), {"moves": ["fold-batchnorm"]})
+        assert isinstance(folded[2], Affine)
+        for x in (seen, other):
+            assert distance(model(x).detach(), folded(x).detach()) < 1e-6

@@ -235,6 +235,9 @@ class _Walk:
             if first.norm is not None or first.weight is not None:
                 raise _Other
             return _Affine(scale, shift)
+        if name in ("aten.reshape", "aten.view") and isinstance(first, _Affine):
+            self.second = True
+            return _flattened(first, node.args[0].meta["val"].shape, node.meta["val"].shape)  # type: ignore[union-attr]
         self.second = self.second or name in ("aten.batch_norm", _BATCH_NORM)
         if name == "aten.batch_norm" and isinstance(first, _Affine) and not args[5]:
             return _normed(first, *args[1:5], eps=args[7])
@@ -245,6 +248,16 @@ class _Walk:
         if name == "aten.linear" and isinstance(first, _Affine):
             return _mapped(first, *args[1:])
         return _arithmetic(name, args)
+
+
+def _flattened(x: _Affine, before: torch.Size, after: torch.Size) -> _Affine:
+    """Positions, all axes behind the second, in other axes; nothing differs along them."""
+    apart = any(size != 1 for tensor in (x.scale, x.shift) for size in tensor.shape[2:])
+    if apart or before[:2] != after[:2] or len(after) < 2 or x.norm is not None or x.weight is not None:
+        raise _Other
+    ones = (1,) * (len(after) - 2)
+    scale, shift = (tensor.reshape(*tensor.shape[:2], *ones) for tensor in (x.scale, x.shift))
+    return replace(x, scale=scale, shift=shift)
 
 
 def _normed(x: _Affine, gain: Any, shift: Any, mean: Any, variance: Any, *, eps: float) -> _Affine:
