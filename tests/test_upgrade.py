@@ -93,6 +93,19 @@ def test_same_function_and_more_to_learn(name: str, kind: str, tmp_path: Path) -
     assert loss(again).item() < first.item()
 
 
+def test_layer_norm_scaling_is_for_the_stream(tmp_path: Path) -> None:
+    """Norms of queries, keys and of what a sublayer adds stay: the method has none there."""
+    build("gemma3").save_pretrained(tmp_path / "source")
+    moves = [{"name": "upgrade", "norm": "lns"}]
+    result = rewrite(tmp_path / "source", tmp_path / "out", {"moves": moves})
+    expected = {
+        f"model.layers.{number}.{norm}": (number + 1) ** -0.5
+        for number in (0, 1)
+        for norm in ("input_layernorm", "pre_feedforward_layernorm")
+    }
+    assert {patch["path"]: patch["scale"] for patch in result.rewrite.patches} == pytest.approx(expected)
+
+
 def test_without_regauge(tmp_path: Path) -> None:
     """As remote code: two files beside the weights."""
     model = build("gemma3").eval()

@@ -35,10 +35,20 @@ class _Work:
     patches: list[Patch] = field(default_factory=list)
 
     @cached_property
-    def layers(self) -> dict[str, int]:
-        """Path of each layer of a stack -> its number, from 1."""
+    def stream(self) -> dict[str, int]:
+        """Path of each module of a layer that reads the stream as it is -> number of the layer, from 1."""
         stacks, _ = find_stacks(interpret(self.scene.trace))
-        return {layer.path: n for stack in stacks.values() for n, layer in enumerate(stack.layers, start=1)}
+        found: dict[str, int] = {}
+        for stack in stacks.values():
+            for number, layer in enumerate(stack.layers, start=1):
+                held = {layer.entering}
+                for node in layer.nodes:
+                    reads = any(arg in held for arg in node.all_input_nodes)
+                    if reads and (op_name(node) == "aten.add" or op_name(node) in CASTS):
+                        held.add(node)
+                    if reads and module_path(node).startswith(f"{layer.path}."):
+                        found[module_path(node)] = number
+        return found
 
     def make(self, name: str, value: torch.Tensor, like: str) -> None:
         self.made[name] = Made(tuple(value.shape), like, lambda _: value)
@@ -112,10 +122,10 @@ def _magnitude(work: _Work, module: Replaceable) -> None:
 
 
 def _scaled(work: _Work, module: Replaceable) -> None:
-    """(√ℓ g ⊙ x̂ + √ℓ b) / √ℓ in layer ℓ = 1, 2, …; norms outside the layers stay."""
-    for path, number in work.layers.items():
-        if module.path.startswith(f"{path}."):
-            work.norm(module, "scaled-norm", number**0.5, scale=number**-0.5)
+    """(√ℓ g ⊙ x̂ + √ℓ b) / √ℓ in layer ℓ = 1, 2, … for norms of the stream; others stay."""
+    number = work.stream.get(module.path)
+    if number is not None:
+        work.norm(module, "scaled-norm", number**0.5, scale=number**-0.5)
 
 
 def _branched(work: _Work, module: Replaceable) -> None:
