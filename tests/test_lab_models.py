@@ -39,7 +39,7 @@ CASES = [
     *({"placement": placement} for placement in KINDS),
     *({"positions": positions} for positions in ("learned", "none")),
     {"qk_norm": True, "bias": True, "activation": "silu"},
-    {"kind": "vit", "norm": "layer"},
+    {"kind": "vit", "norm": "layernorm"},
     {"kind": "vit", "norm": "dyt", "placement": "peri"},
     *({"kind": "cnn", "norm": norm} for norm in (*IMAGES, "none")),
     {"kind": "cnn", "norm": "group", "placement": "post"},
@@ -55,7 +55,7 @@ def test_every_model_has_gradients_everywhere_and_comes_back(keys: dict[str, Any
             if name.endswith("branch"):
                 nn.init.ones_(parameter)
     for norm in model.modules():  # as do gates and slopes that start at zero
-        if isinstance(norm, (TOKENS["seed"], TOKENS["gated"])):  # type: ignore[arg-type]
+        if isinstance(norm, (TOKENS["seednorm"], TOKENS["gatednorm"])):  # type: ignore[arg-type]
             for parameter in norm.parameters():
                 with torch.no_grad():
                     parameter.add_(0.1)
@@ -72,14 +72,14 @@ def test_every_model_has_gradients_everywhere_and_comes_back(keys: dict[str, Any
 @pytest.mark.parametrize("kind", ["decoder", "vit", "cnn"])
 @pytest.mark.parametrize("norm", ["none", "pre"])
 def test_models_can_be_exported(kind: str, norm: str) -> None:
-    name = "none" if norm == "none" else {"cnn": "batch"}.get(kind, "rms")
+    name = "none" if norm == "none" else {"cnn": "batch"}.get(kind, "rmsnorm")
     model = small(kind=kind, norm=name).eval()
     program = torch.export.export(model, (inputs(kind),))
     assert torch.equal(program.module()(inputs(kind)), model(inputs(kind)))
 
 
 def test_a_decoder_sees_no_later_token() -> None:
-    model = small(norm="layer").eval()
+    model = small(norm="layernorm").eval()
     changed = TEXT.clone()
     changed[:, 5:] = (changed[:, 5:] + 1) % 256
     same = (model(TEXT) == model(changed)).all(-1)
@@ -115,7 +115,7 @@ def test_attention_is_that_of_torch() -> None:
 def test_each_placement_has_the_norms_of_the_literature() -> None:
     counts = {"pre": 5, "post": 4, "peri": 10, "lns": 5, "deepnorm": 4, "inverse-depth": 0, "skipinit": 0}
     for placement, count in counts.items():
-        model = small(placement=placement, norm="layer")
+        model = small(placement=placement, norm="layernorm")
         assert sum(isinstance(module, nn.LayerNorm) for module in model.modules()) == count, placement
 
 
@@ -166,15 +166,18 @@ def test_names_of_layers_are_those_of_the_table() -> None:
     for entry in entries:
         made = TOKENS[entry.name](12)
         ours, theirs = (part.to(torch.float64).eval() for part in (made, entry.bare(12, draw)))
-        known = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}  # those of torch compute the same and are faster
+        known = {
+            "layernorm": nn.LayerNorm,
+            "rmsnorm": nn.RMSNorm,
+        }  # those of torch compute the same and are faster
         assert isinstance(ours, known.get(entry.name, type(theirs)))
 
 
 def test_unknown_names_are_errors_with_the_nearest() -> None:
     for keys, text in (
-        ({"norm": "rmss"}, "did you mean 'rms'"),
-        ({"norm": "rms", "norm_options": {"epz": 1}}, "did you mean 'eps'"),
-        ({"norm": "layer", "kind": "cnn"}, "no norm 'layer'"),
+        ({"norm": "rmsnorn"}, "did you mean 'rmsnorm'"),
+        ({"norm": "rmsnorm", "norm_options": {"epz": 1}}, "did you mean 'eps'"),
+        ({"norm": "layernorm", "kind": "cnn"}, "no norm 'layernorm'"),
         ({"placement": "prae"}, "no such placement"),
         ({"placement": "pre", "placement_options": {"posts": 1}}, "did you mean 'post'"),
         ({"init": "fixupp"}, "did you mean 'fixup'"),
@@ -200,7 +203,7 @@ def test_a_directory_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_stream_of_a_pre_rmsnorm_decoder_can_be_rotated() -> None:
-    model = small(norm="rms").double().eval()
+    model = small(norm="rmsnorm").double().eval()
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.RMSNorm):

@@ -28,7 +28,7 @@ base:
   log_every: 3
   device: cpu
 cases:
-  plain: {model.norm: rms}
+  plain: {model.norm: rmsnorm}
   wild: {model.norm: none, optimizer.name: sgd, optimizer.lr: 1e30}
 grid:
   model.placement: [pre, post]
@@ -72,7 +72,7 @@ def test_runs_have_stable_names_and_an_order(done: Path) -> None:
 
 def test_unknown_keys_are_errors_that_name_the_nearest() -> None:
     for data, text in (
-        ({"model": {"nrom": "rms"}}, "unknown key 'model.nrom'; did you mean 'norm'"),
+        ({"model": {"nrom": "rmsnorm"}}, "unknown key 'model.nrom'; did you mean 'norm'"),
         ({"optimiser": {}}, "unknown key 'optimiser'; did you mean 'optimizer'"),
         ({"steps": 0}, "bad value at 'steps'"),
         ({"model": {"kind": "mlp"}}, "bad value at 'model.kind'"),
@@ -118,7 +118,7 @@ def test_finished_runs_are_left_out_and_others_refused(done: Path) -> None:
 
 
 def test_two_processes_give_what_one_gives(done: Path, tmp_path: Path) -> None:
-    sweep = load_sweep(done / "sweep.yaml").model_copy(update={"cases": {"plain": {"model.norm": "rms"}}})
+    sweep = load_sweep(done / "sweep.yaml").model_copy(update={"cases": {"plain": {"model.norm": "rmsnorm"}}})
     done_by_two = run_sweep(sweep, tmp_path / "out", jobs=2)
     for result, name in zip(done_by_two, NAMES, strict=False):
         assert result["name"] == name
@@ -157,7 +157,8 @@ def test_intervals_are_those_of_the_table() -> None:
 
 
 def test_the_commands_show_a_table_and_errors(done: Path, tmp_path: Path) -> None:
-    run = CliRunner().invoke(app, ["lab", "run", str(done / "sweep.yaml"), str(done / "out")])
+    command = ["lab", "run", str(done / "sweep.yaml"), str(done / "out")]
+    run = CliRunner().invoke(app, command, env={"COLUMNS": "160"})
     assert run.exit_code == 0
     assert "plain,placement=pre" in run.stdout
     assert "±" in run.stdout

@@ -63,8 +63,8 @@ CASES: dict[str, dict[str, Any]] = {
     "powernorm": {"model": {"norm": "powernorm", "norm_options": {"warmup": 6}}, "statistics": True},
     "unified": {"model": {"norm": "unified", "norm_options": {"warmup": 6}}},
     "prepbn": {"model": {"norm": "prepbn", "norm_options": {"warm": 2, "steps": 8}}},
-    "dropout": {"model": {"norm": "seed", "norm_options": {"dropout": 0.3}}},
-    "vit": {"model": {"kind": "vit", "norm": "layer"}},
+    "dropout": {"model": {"norm": "seednorm", "norm_options": {"dropout": 0.3}}},
+    "vit": {"model": {"kind": "vit", "norm": "layernorm"}},
     "cnn": {"model": {"kind": "cnn", "norm": "evonorm-b0"}},
 }
 
@@ -182,7 +182,7 @@ def test_runs_that_diverge_say_so() -> None:
 def test_training_learns() -> None:
     for changes in (
         {},
-        {"model": {"kind": "vit", "norm": "rms"}},
+        {"model": {"kind": "vit", "norm": "rmsnorm"}},
         {"model": {"kind": "cnn", "norm": "batch"}},
     ):
         data = {"batch": 16, "digits": 400}
@@ -192,7 +192,7 @@ def test_training_learns() -> None:
 
 
 def test_moments_are_those_of_the_batches() -> None:
-    model = build({**BASE["model"], "norm": "layer"})
+    model = build({**BASE["model"], "norm": "layernorm"})
     watched = Moments(model, (torch.nn.LayerNorm,), -1)
     inputs = [torch.randint(0, 256, (3, 8), generator=torch.Generator().manual_seed(i)) for i in range(5)]
     for tokens in inputs:

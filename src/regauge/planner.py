@@ -14,7 +14,7 @@ from regauge.discover import Gauge
 from regauge.errors import Refused, TraceError
 from regauge.growing.trial import Trial
 from regauge.moves import MOVES, Change, Scene, State
-from regauge.patches import merged, replaceable
+from regauge.patches import Replaceable, merged, replaceable
 from regauge.plan import Made, Rewrite
 from regauge.recipe import Recipe, check_move
 
@@ -117,10 +117,16 @@ def make_plan(
     if refused is not None and not rewrite.recipe:
         raise refused
     if rewrite.patches:
-        known = {path: dict(module.patch) for path, module in replaceable(first.trace).items()}
+        known = {path: dict(m.patch) for path, m in replaceable(first.trace).items() if _as_patched(m)}
         patches = tuple(patch for patch in rewrite.patches if known.get(patch["path"]) != patch)
         rewrite = replace(rewrite, patches=patches)
     return rewrite, state, gauge
+
+
+def _as_patched(module: Replaceable) -> bool:
+    """Whether the module as it is reads its parameters as its replacement would."""
+    named = module.weight in (None, f"{module.path}.weight") and module.bias in (None, f"{module.path}.bias")
+    return named and module.chart == 0
 
 
 def _composed(rewrite: Rewrite, change: Change) -> Change:

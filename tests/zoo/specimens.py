@@ -209,8 +209,9 @@ def move(name: str, *moves: Any, seed: int = 0, start: Mapping[str, Tensor] | No
         changed = rebuilt(name, plan)
         bench = Bench(changed, state.untied)
         return Moved(plan, state, carry_out(begin, plan, bench.trace.shapes), bench)
-    names = alias if state.untied else held.trace.shapes
-    return Moved(plan, state, carry_out(begin, plan, names), Bench(held, state.untied))
+    untied = state.untied or bool(plan.copies)
+    names = alias if untied else held.trace.shapes
+    return Moved(plan, state, carry_out(begin, plan, names), Bench(held, untied))
 
 
 @functools.cache

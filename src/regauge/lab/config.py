@@ -55,7 +55,7 @@ class ModelConfig(_Part):
     heads: int = Field(default=4, ge=1)
     expansion: int = Field(default=4, ge=1)
     activation: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
-    norm: str = "rms"
+    norm: str = "rmsnorm"
     norm_options: dict[str, Any] = Field(default_factory=dict)
     placement: str = "pre"
     placement_options: dict[str, Any] = Field(default_factory=dict)

@@ -39,11 +39,11 @@ class GroupNorm(nn.GroupNorm):
 
 
 TOKENS: Mapping[str, Callable[..., nn.Module]] = {
-    "layer": nn.LayerNorm,
-    "rms": functools.partial(nn.RMSNorm, eps=1e-6),
-    "crms": CRMSNorm,
-    "seed": SeeDNorm,
-    "gated": GatedNorm,
+    "layernorm": nn.LayerNorm,
+    "rmsnorm": functools.partial(nn.RMSNorm, eps=1e-6),
+    "crmsnorm": CRMSNorm,
+    "seednorm": SeeDNorm,
+    "gatednorm": GatedNorm,
     "preaffine": PreAffine,
     "magnitude": MagnitudeNorm,
     "dyt": DyT,

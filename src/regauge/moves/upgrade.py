@@ -113,7 +113,10 @@ def _magnitude(work: _Work, module: Replaceable) -> None:
         work.drops.add(module.weight)
     if not bool(gain.any()):
         raise Refused(
-            "a gain of zeros has no direction", parameter=module.weight, way_out="where=... leaves it out"
+            "a gain of zeros has no direction",
+            parameter=module.weight,
+            found="zeros",
+            way_out="where=... leaves it out",
         )
     work.make(f"{module.path}.direction", gain, work.like(module))
     work.make(f"{module.path}.magnitude", gain.norm()[None], work.like(module))
@@ -135,6 +138,8 @@ def _branched(work: _Work, module: Replaceable) -> None:
         raise Refused(
             "a norm with a shift cannot give its gain to its readers",
             parameter=module.bias,
+            expected="a norm without a shift",
+            found=f"a shift of {size} entries",
             way_out="put fold-shifts and strip before it",
         )
     gain = torch.ones(size, dtype=torch.float64)
