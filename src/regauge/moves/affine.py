@@ -128,6 +128,11 @@ class _Affine:
     norm: tuple[str, int, float] | None = None
     weight: torch.Tensor | None = None
 
+    @property
+    def bare(self) -> bool:
+        """Of x itself, neither normalised nor mapped."""
+        return self.norm is None and self.weight is None
+
     def times(self, factor: Any) -> _Affine:
         return replace(self, scale=self.scale * factor, shift=self.shift * factor)
 
@@ -232,7 +237,7 @@ class _Walk:
             return _CONSTANT[name](*args)
         if name in _MOVES and isinstance(first, _Affine):
             scale, shift = (_MOVES[name](held, *args[1:]) for held in (first.scale, first.shift))
-            if first.norm is not None or first.weight is not None:
+            if not first.bare:
                 raise _Other
             return _Affine(scale, shift)
         if name in ("aten.reshape", "aten.view") and isinstance(first, _Affine):
@@ -253,7 +258,7 @@ class _Walk:
 def _flattened(x: _Affine, before: torch.Size, after: torch.Size) -> _Affine:
     """Positions, all axes behind the second, in other axes; nothing differs along them."""
     apart = any(size != 1 for tensor in (x.scale, x.shift) for size in tensor.shape[2:])
-    if apart or before[:2] != after[:2] or len(after) < 2 or x.norm is not None or x.weight is not None:
+    if apart or before[:2] != after[:2] or len(after) < 2 or not x.bare:
         raise _Other
     ones = (1,) * (len(after) - 2)
     scale, shift = (tensor.reshape(*tensor.shape[:2], *ones) for tensor in (x.scale, x.shift))
@@ -262,7 +267,7 @@ def _flattened(x: _Affine, before: torch.Size, after: torch.Size) -> _Affine:
 
 def _normed(x: _Affine, gain: Any, shift: Any, mean: Any, variance: Any, *, eps: float) -> _Affine:
     """(s x + h − m) · g / sqrt(v + eps) + b, channels on axis 1."""
-    if mean is None or variance is None or x.norm is not None or x.weight is not None:
+    if mean is None or variance is None or not x.bare:
         raise _Other
     factor = torch.rsqrt(variance + eps) * (1.0 if gain is None else gain)
     offset = -mean * factor + (0.0 if shift is None else shift)
@@ -279,7 +284,7 @@ def _arithmetic(name: str, args: list[Any]) -> _Affine:
     if name in ("aten.add", "aten.sub"):
         sign = 1.0 if name == "aten.add" else -1.0
         if isinstance(a, _Affine) and isinstance(b, _Affine):
-            if (a.norm, b.norm, a.weight, b.weight) != (None,) * 4:
+            if not (a.bare and b.bare):
                 raise _Other
             return _Affine(a.scale + sign * b.scale, a.shift + sign * b.shift)
         if isinstance(a, _Affine):
@@ -295,7 +300,7 @@ def _arithmetic(name: str, args: list[Any]) -> _Affine:
 
 def _normalised(name: str, x: _Affine, shape: Any, *given: Any) -> _Affine:
     """A norm over the last axis of what enters, as it enters."""
-    if bool((x.scale != 1).any()) or bool((x.shift != 0).any()) or x.norm or x.weight is not None:
+    if bool((x.scale != 1).any()) or bool((x.shift != 0).any()) or not x.bare:
         raise _Other
     layer = name == "aten.layer_norm"
     gain, shift, eps = (*given, *(None, None, 1e-5)[len(given) :])[:3] if layer else _rms(given)
@@ -314,7 +319,7 @@ def _rms(rest: tuple[Any, ...]) -> tuple[Any, Any, Any]:
 
 def _mapped(x: _Affine, weight: Any, bias: Any = None) -> _Affine:
     """W (s ⊙ x + h) + b = (W diag(s)) x + (W h + b)."""
-    if x.norm is not None or x.weight is not None or getattr(weight, "ndim", 0) != 2:
+    if not x.bare or getattr(weight, "ndim", 0) != 2:
         raise _Other
     before = [tensor.reshape(-1).expand(weight.shape[1]) for tensor in (x.scale, x.shift)]
     if any(size != 1 for tensor in (x.scale, x.shift) for size in tensor.shape[:-1]):

@@ -75,6 +75,13 @@ class _Work:
         trace = self.scene.trace
         return module.weight or module.bias or next(n for n in trace.parameters.values() if n in trace.shapes)
 
+    def gain(self, module: Replaceable) -> torch.Tensor:
+        """The gain as it acts, [size], float64; it is no longer stored."""
+        if module.weight is None:
+            return torch.ones(module.patch["size"], dtype=torch.float64)
+        self.drops.add(module.weight)
+        return self.scene.read(module.weight).to(torch.float64) + module.chart
+
     def ones(self, module: Replaceable, leaf: str, value: float) -> None:
         size = module.patch["size"]
         self.make(f"{module.path}.{leaf}", torch.full((size,), value, dtype=torch.float64), self.like(module))
@@ -106,11 +113,7 @@ def _pre_affine(work: _Work, module: Replaceable) -> None:
 
 def _magnitude(work: _Work, module: Replaceable) -> None:
     """m v / ‖v‖ ⊙ x̂ with v = g, m = ‖g‖."""
-    size = module.patch["size"]
-    gain = torch.ones(size, dtype=torch.float64)
-    if module.weight is not None:
-        gain = work.scene.read(module.weight).to(torch.float64) + module.chart
-        work.drops.add(module.weight)
+    gain = work.gain(module)
     if not bool(gain.any()):
         raise Refused(
             "a gain of zeros has no direction",
@@ -133,19 +136,15 @@ def _scaled(work: _Work, module: Replaceable) -> None:
 
 def _branched(work: _Work, module: Replaceable) -> None:
     """W_k (g ⊙ x̂) = η ⊙ (W_k (γ_k ⊙ x̂)) with γ_k = g for each map k that reads the norm, and η = 1."""
-    size = module.patch["size"]
     if module.bias is not None:
         raise Refused(
             "a norm with a shift cannot give its gain to its readers",
             parameter=module.bias,
             expected="a norm without a shift",
-            found=f"a shift of {size} entries",
+            found=f"a shift of {module.patch['size']} entries",
             way_out="put fold-shifts and strip before it",
         )
-    gain = torch.ones(size, dtype=torch.float64)
-    if module.weight is not None:
-        gain = work.scene.read(module.weight).to(torch.float64) + module.chart
-        work.drops.add(module.weight)
+    gain = work.gain(module)
     work.patches.append({**module.patch, "weight": False})
     for node in module.nodes:
         for reader in _readers(work, node):

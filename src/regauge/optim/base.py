@@ -35,12 +35,17 @@ class GroupedOptimizer(Optimizer):
         with torch.no_grad():
             for group in self.param_groups:
                 params, grads = with_gradients(group)
-                if params and together(group, params):
-                    self._together(group, params, grads)
-                else:
-                    for param, grad in zip(params, grads, strict=True):
-                        self._single(group, param, grad)
+                if params:
+                    self._group(group, params, grads)
         return loss
+
+    def _group(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> None:
+        """A step of what has gradients in a group."""
+        if together(group, params):
+            self._together(group, params, grads)
+        else:
+            for param, grad in zip(params, grads, strict=True):
+                self._single(group, param, grad)
 
     def _single(self, group: Group, param: Tensor, grad: Tensor) -> None:
         """A step of one parameter."""

@@ -5,18 +5,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from regauge.errors import BadInput
-from regauge.optim.base import Group, check, norm_dtype, together, with_gradients
+from regauge.optim.base import Group, GroupedOptimizer, check, norm_dtype, together
 
 
-class DoG(Optimizer):
+class DoG(GroupedOptimizer):
     """x ← x − η g, η = lr · r / sqrt(G), r = max over past steps of ‖x − x₀‖, G = eps + Σ ‖g‖² over steps.
 
     r starts as reps_rel · (1 + ‖x₀‖). Norms are over all parameters of a group: each group has its own step
@@ -71,19 +70,6 @@ class DoG(Optimizer):
             "squares": None,
         }
         super().__init__(params, defaults)
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step; returns what ``closure`` returns. Raises ``BadInput`` for a sparse gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        with torch.no_grad():
-            for group in self.param_groups:
-                params, grads = with_gradients(group)
-                if params:
-                    self._group(group, params, grads)
-        return loss
 
     def _group(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> None:
         fast = together(group, params)
