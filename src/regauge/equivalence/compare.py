@@ -172,11 +172,11 @@ class _Scored:
             where = targets.ne(UNSCORED).sum(1)[: len(places)].tolist()
             owner = np.repeat([self.rows.document[place] for place in places], where)
             for index, model in enumerate((self.a, self.b)):
-                if number == 0:
-                    check_causal(model, ids, targets)
                 losses = token_losses(model, ids, targets)
                 if not bool(torch.isfinite(losses).all()):
                     raise not_finite(model)
+                if number == 0:
+                    check_causal(model, ids, targets, losses)
                 np.add.at(sums[index], owner, np.asarray(losses.tolist()))
             np.add.at(sizes, owner, 1.0)
         return sums, sizes

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from scipy import stats
+from scipy import special, stats
 
 MOST = 10**12
 """More clusters than this are out of reach."""
@@ -34,18 +34,18 @@ class Estimate:
 
 def p_equivalent(estimate: Estimate, margin: float) -> float:
     """p-value of "the difference is at least the margin, one way or the other" (the larger of the two)."""
-    lower = stats.t.sf(_ratio(estimate.mean + margin, estimate.standard_error), estimate.df)
-    upper = stats.t.cdf(_ratio(estimate.mean - margin, estimate.standard_error), estimate.df)
-    return float(max(lower, upper))
+    lower = _below(-_ratio(estimate.mean + margin, estimate.standard_error), estimate.df)
+    upper = _below(_ratio(estimate.mean - margin, estimate.standard_error), estimate.df)
+    return max(lower, upper)
 
 
 def p_beyond(estimate: Estimate, margin: float) -> float:
     """p-value of "the difference is at most the margin": how often one that is exactly the margin would
     look as large as this."""
     size = abs(estimate.mean)
-    nearer = stats.t.sf(_ratio(size - margin, estimate.standard_error), estimate.df)
-    farther = stats.t.sf(_ratio(size + margin, estimate.standard_error), estimate.df)
-    return float(nearer + farther)
+    nearer = _below(-_ratio(size - margin, estimate.standard_error), estimate.df)
+    farther = _below(-_ratio(size + margin, estimate.standard_error), estimate.df)
+    return nearer + farther
 
 
 def interval(estimate: Estimate, level: float) -> tuple[float, float]:
@@ -72,8 +72,8 @@ def power(true: float, deviation: float, clusters: float, margin: float, level: 
     quantile = float(stats.t.isf(level, df))
     if abs(true) < margin:
         ends = (_ratio(margin - true, error) - quantile, _ratio(margin + true, error) - quantile)
-        return max(0.0, sum(float(stats.t.cdf(end, df)) for end in ends) - 1)
-    return float(stats.t.cdf(_ratio(abs(true) - margin, error) - quantile, df))
+        return max(0.0, sum(_below(end, df) for end in ends) - 1)
+    return _below(_ratio(abs(true) - margin, error) - quantile, df)
 
 
 def clusters_needed(
@@ -106,6 +106,11 @@ def clusters_needed(
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high
+
+
+def _below(quantile: float, df: float) -> float:
+    """The t distribution up to a quantile; the normal one for infinite df."""
+    return float(special.ndtr(quantile) if math.isinf(df) else special.stdtr(df, quantile))
 
 
 def _ratio(difference: float, error: float) -> float:
