@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from regauge.cli_compare import compare
 from regauge.cli_equivalence import (
     DocumentRule,
     Labels,
@@ -169,6 +170,7 @@ app.command()(norms)
 app.command()(upgrade)
 app.command()(fold)
 app.command()(lr)
+app.command()(compare)
 app.add_typer(lab)
 
 
