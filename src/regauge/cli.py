@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from regauge.cli_fingerprint import fingerprint, index
 from regauge.cli_grow import grow
 from regauge.cli_lab import lab
 from regauge.cli_lr import lr
@@ -160,6 +161,8 @@ app.command()(upgrade)
 app.command()(fold)
 app.command()(lr)
 app.add_typer(lab)
+app.command()(fingerprint)
+app.add_typer(index)
 
 
 @app.command()

@@ -68,7 +68,7 @@ def project(net: Network, streams: Streams, block: Block, gains: Gains = ()) -> 
             matrix = streams[name].vectors * streams[name].scale ** float(power)
         else:
             continue
-        value = torch.tensordot(matrix, value, dims=([1], [dim])).movedim(0, dim)
+        value = (value.movedim(dim, -1) @ matrix.T).movedim(-1, dim)
     return value
 
 
@@ -149,7 +149,7 @@ def _table(net: Network, block: Block, streams: Streams, name: str) -> torch.Ten
         if power is None:
             return None
         matrix = held.vectors * held.scale ** float(power)
-        value = torch.tensordot(matrix, value, dims=([1], [dim])).movedim(0, dim)
+        value = (value.movedim(dim, -1) @ matrix.T).movedim(-1, dim)
     place = block.names.index(name)
     value = value.movedim(place, -1).reshape(-1, value.shape[place])
     return value[:SMALLER] if value.shape[1] > SMALLER else value

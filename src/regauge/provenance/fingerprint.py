@@ -96,7 +96,7 @@ def fingerprint(
 ) -> Fingerprint:
     """The fingerprint of a checkpoint. Weights are read block by block, in float64; nothing is written.
 
-    Tokens count by their place in the vocabulary: a model whose vocabulary was reordered is another model here.
+    Tokens count by their place in the vocabulary: with the vocabulary reordered it is another model here.
 
     Args:
         source: see :func:`regauge.sources.resolve`.
@@ -111,15 +111,13 @@ def fingerprint(
     here for every generator of the atlas.
     """
     begin = time.perf_counter()
-    tell = progress or (lambda what, done, total: None)
+    tell = progress or _silent
     path = resolve(source)
     with Checkpoint.open(path) as files:
         tell("finding the gauge", 0, 1)
         held, traced = opened(path)
         form = normal_form(path, files, (held, traced))
-        found = sketches(
-            network(form), lambda done, total: tell("sketching", done, total)
-        )
+        found = sketches(network(form), lambda done, total: tell("sketching", done, total))
         details: dict[str, Any] = {"products": dict(found.counts), "missing": list(found.missing)}
         numbers: np.ndarray | None = None
         if run:
@@ -162,6 +160,10 @@ def same_function(a: Fingerprint, b: Fingerprint, tolerance: float = SAME) -> bo
     if a.behaviour is None or b.behaviour is None:
         return None
     return bool(np.abs(a.behaviour - b.behaviour).max() <= tolerance)
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass
 
 
 def without_time(found: Fingerprint) -> Fingerprint:

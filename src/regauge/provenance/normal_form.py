@@ -72,9 +72,7 @@ class NormalForm:
         return value
 
 
-def normal_form(
-    path: Path, files: Checkpoint, given: tuple[HFModel, Trace] | None = None
-) -> NormalForm:
+def normal_form(path: Path, files: Checkpoint, given: tuple[HFModel, Trace] | None = None) -> NormalForm:
     """The normal form of a directory. ``files`` must stay open while it is read.
 
     Args:
@@ -92,6 +90,9 @@ def normal_form(
         now = {**source, **plan.config}
         return {**now, **patched_config(now, plan.patches)} if plan.patches else now
 
+    def plain(plan: Rewrite) -> dict[str, Any]:
+        return {**source, **plan.config}
+
     def rebuilt(plan: Rewrite) -> HFModel:
         return load_meta(config(plan))
 
@@ -103,7 +104,7 @@ def normal_form(
         gauge,
         lambda so_far: RewrittenView(files, so_far, names).read,
         retrace,
-        config=lambda so_far: {**source, **so_far.config},
+        config=plain,
     )
     view = RewrittenView(files, plan, with_new_names(names, plan))
     canonical = gauge.trace.canonical

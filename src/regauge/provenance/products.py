@@ -146,7 +146,7 @@ def _changed_by(net: Network, streams: Streams, factors: Sequence[Factor]) -> tu
     for identifier, generator in net.generators.items():
         if generator.acting != "unit" or generator.kind not in DIAGONAL:
             continue
-        power = sum(_total(net, identifier, factor) for factor in factors)
+        power = sum((_total(net, identifier, factor) for factor in factors), start=Fraction(0))
         if not generator.copies:
             if generator.kind is not Kind.SIGN:
                 continue  # One scale for the whole product, which is normalised.

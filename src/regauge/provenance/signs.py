@@ -1,4 +1,4 @@
-"""Fixed random signs: entry (i, j) depends on i, j and nothing else, on every machine and in every version."""
+"""Fixed random signs: entry (i, j) depends on i and j alone, on every machine and in every version."""
 
 from __future__ import annotations
 

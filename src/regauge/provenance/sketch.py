@@ -42,7 +42,7 @@ class Sketches:
 def anchored(net: Network) -> tuple[dict[str, Anchors], tuple[Product, ...], tuple[Block, ...]]:
     """Anchors for as many streams as are needed, the products between them, and the blocks in none.
 
-    Streams that meet a table of fixed axes come first. Others get anchors only while a block is in no product.
+    Streams that meet a table of fixed axes come first, others only while a block is in no product.
     """
     streams: dict[str, Anchors] = {}
     fixed = [n for n in _in_order(net) if _meets_fixed(net, n)]
