@@ -31,7 +31,7 @@ class Anchors:
     Attributes:
         vectors: float64 [COUNT, n], the same under any scale of the stream's entries.
         scale: float64 [n], how the table they came from is scaled; ones where no scale acts.
-        source: the block they came from; its exponents are those of ``scale`` and of the signs of ``vectors``.
+        source: the block they came from; it has the exponents of ``scale`` and of the signs of ``vectors``.
     """
 
     vectors: torch.Tensor

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +164,6 @@ def same_function(a: Fingerprint, b: Fingerprint, tolerance: float = SAME) -> bo
 
 def _silent(what: str, done: int, total: int) -> None:
     pass
-
-
-def without_time(found: Fingerprint) -> Fingerprint:
-    """The same with ``seconds`` zero: equal bytes for equal input."""
-    return replace(found, seconds=0.0)
 
 
 def check_version(*versions: int) -> None:

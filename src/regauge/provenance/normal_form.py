@@ -115,7 +115,7 @@ def normal_form(path: Path, files: Checkpoint, given: tuple[HFModel, Trace] | No
             return view.read(known)
         return view.read_rows(known, start, stop, axis)
 
-    return _folded(gauge, rows)
+    return folded_form(gauge, rows)
 
 
 def opened(path: Path) -> tuple[HFModel, Trace]:
@@ -147,7 +147,7 @@ def normal_form_of_module(
         value = plan.value(known, state.__getitem__)
         return value.narrow(axis, start, stop - start) if value.dim() else value
 
-    return _folded(gauge, rows)
+    return folded_form(gauge, rows)
 
 
 def _planned(
@@ -164,7 +164,10 @@ def _planned(
     return plan, gauge
 
 
-def _folded(gauge: Gauge, rows: Rows) -> NormalForm:
+def folded_form(gauge: Gauge, rows: Rows) -> NormalForm:
+    """Every tied parameter in its roles, every gain that folds one; ``rows``: (name, axis, start, stop) ->
+    part of the value.
+    """
     untied = bool(gauge.tied)
     state = State(untied)
     shapes = {

@@ -73,18 +73,17 @@ def sketches(net: Network, progress: Callable[[int, int], None] | None = None) -
     streams, done, missing = anchored(net)
     kept: dict[str, torch.Tensor] = {}
     last = {_key(factor): place for place, product in enumerate(done) for factor in product.factors}
-    singles: list[tuple[str, np.ndarray]] = []
+    seen_of: list[np.ndarray | None] = []
     for place, product in enumerate(done):
         for factor in product.factors:
             if _key(factor) not in kept:
                 kept[_key(factor)] = project(net, streams, factor.block, factor.gains)
-        seen = _sketch(net, streams, product, [kept[_key(factor)] for factor in product.factors])
-        if seen is not None:
-            singles.append((product.sort, seen))
+        seen_of.append(_sketch(net, streams, product, [kept[_key(factor)] for factor in product.factors]))
         for key in [key for key in kept if last[key] <= place]:
             del kept[key]
         if progress is not None:
             progress(place + 1, len(done))
+    singles = _of_use(net, streams, done, seen_of)
     if not singles:
         raise Refused(
             "nothing of this model can be told apart from its gauge",
@@ -93,7 +92,29 @@ def sketches(net: Network, progress: Callable[[int, int], None] | None = None) -
         )
     counts = {sort: sum(1 for s, _ in singles if s == sort) for sort in BANDS}
     names = tuple(dict.fromkeys(block.parameter for block in missing))
-    return Sketches(_pooled(singles), counts, names, tuple(singles))
+    return Sketches(_pooled(singles), counts, names, singles)
+
+
+def _of_use(
+    net: Network, streams: Streams, done: Sequence[Product], seen: Sequence[np.ndarray | None]
+) -> tuple[tuple[str, np.ndarray], ...]:
+    """The sketches without those of indices that lead to nothing: with values or outputs of zero, it does
+    not matter what the queries and keys of the same heads are.
+    """
+    dead: set[str] = set()
+    for product, sketch in zip(done, seen, strict=True):
+        if sketch is None:
+            dead.update(_inner(net, streams, product))
+    return tuple(
+        (product.sort, sketch)
+        for product, sketch in zip(done, seen, strict=True)
+        if sketch is not None and not dead.intersection(_inner(net, streams, product))
+    )
+
+
+def _inner(net: Network, streams: Streams, product: Product) -> list[str]:
+    names = (name for factor in product.factors for name in factor.block.names)
+    return [name for name in names if not is_leg(net, streams, name)]
 
 
 def _in_order(net: Network) -> list[str]:
