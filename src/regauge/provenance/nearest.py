@@ -61,7 +61,7 @@ class Approximate:
         count, last = self._store.state()
         if graph.ndim != LENGTH or not len(graph) or len(graph) > count:
             return False
-        keys = [int(key) for key in np.array(graph.keys)]
+        keys = [int(key) for key in graph.keys[: len(graph)]]
         ends = (min(keys), max(keys))
         held = self._store.vectors_of(ends)
         return max(keys) <= last and all(
@@ -74,7 +74,7 @@ class Approximate:
         count, last = self._store.state()
         if len(self._graph) == count and (not count or last in self._graph):
             return
-        after = max((int(key) for key in np.array(self._graph.keys)), default=0) if len(self._graph) else 0
+        after = max((int(key) for key in self._graph.keys[: len(self._graph)]), default=0)
         grown = list(self._store.vectors(after))
         if len(self._graph) + len(grown) != count:
             self._graph, grown = self._new(), list(self._store.vectors())
