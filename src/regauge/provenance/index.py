@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from regauge.errors import BadInput
 from regauge.provenance.fingerprint import Fingerprint, check_version, same_function
@@ -124,7 +125,8 @@ class Index:
             ids = self._near.search(vector, count + SPARE)
         else:
             self._refresh()
-            scores = self._matrix @ np.ascontiguousarray(vector, dtype=np.float32)
+            query = torch.from_numpy(np.array(vector, dtype=np.float32))
+            scores = torch.mv(torch.from_numpy(self._matrix), query).numpy()
             wanted = min(len(scores), count + SPARE)
             best = np.argpartition(-scores, wanted - 1)[:wanted] if wanted else np.zeros(0, dtype=np.int64)
             ids = [int(self._ids[place]) for place in best]
