@@ -78,7 +78,7 @@ def test_a_graph_left_by_another_index_is_not_used(tmp_path: Path) -> None:
         fill(tmp_path / "db", prints)
         with Index.open(tmp_path / "db") as index:
             assert [index.search(p, 1, approximate=True)[0].name for p in prints] == [
-                f"m{k}" for k in range(5)
+                f"m{k}" for k in range(60)
             ]
         for name in ("db", "db-wal", "db-shm"):
             (tmp_path / name).unlink(missing_ok=True)
