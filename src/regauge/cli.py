@@ -18,6 +18,7 @@ from regauge.cli_equivalence import (
     Tokens,
     compare_on_text,
 )
+from regauge.cli_fingerprint import fingerprint, index
 from regauge.cli_grow import grow
 from regauge.cli_lab import lab
 from regauge.cli_lr import lr
@@ -172,6 +173,8 @@ app.command()(fold)
 app.command()(lr)
 app.command()(compare)
 app.add_typer(lab)
+app.command()(fingerprint)
+app.add_typer(index)
 
 
 @app.command()
