@@ -18,6 +18,7 @@ from regauge.certify.measure import EXACT, FLOOR_FACTOR, Function, compare_funct
 from regauge.certify.run import held_bytes
 from regauge.certify.sides import (
     ModuleWeights,
+    buffers_in,
     check_interface,
     dtype_names,
     open_side,
@@ -116,6 +117,8 @@ def certify(
             stored=stored,
             seed=seed,
             block=block,
+            exact_buffers=None if weights_b_exact is None else buffers_in(second, first),
+            floor_buffers=buffers_in(first, second),
         )
         verdict, reason = judge(evidence, factor=factor)
         return Certificate(

@@ -109,6 +109,8 @@ def compare_functions(
     stored: bool = True,
     seed: int = 0,
     block: int = BLOCK,
+    exact_buffers: Mapping[str, torch.Tensor] | None = None,
+    floor_buffers: Mapping[str, torch.Tensor] | None = None,
 ) -> FunctionEvidence:
     """Run both functions on the same inputs and measure.
 
@@ -121,15 +123,17 @@ def compare_functions(
         stored: whether to run also in the dtypes the models hold.
         seed: of the floor's noise.
         block: elements of a weight cast at once.
+        exact_buffers: buffers of ``b`` before rounding; default those it has.
+        floor_buffers: buffers of ``a`` as rounded to the storage of ``b``; default those it has.
 
     Raises:
         BadInput: no inputs, or the outputs differ in number or shape.
     """
     rounded = [
-        Function(a.trace, Rerounded(a.weights, storage, seed + draw), a.buffers)
+        Function(a.trace, Rerounded(a.weights, storage, seed + draw), floor_buffers or a.buffers)
         for draw in range(_draws(a.trace))
     ]
-    unrounded = None if exact is None else Function(b.trace, exact, b.buffers)
+    unrounded = None if exact is None else Function(b.trace, exact, exact_buffers or b.buffers)
     sums = {key: Distance(logits) for key in ("exact", "float64", "floor", "stored", "stored_floor")}
     positions = 0
     for batch in inputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections import Counter
@@ -135,6 +136,21 @@ def side_of(
                 way_out='set "tie_word_embeddings": false in config.json',
             )
     return Side(path, dtype, model, traced, StoredWeights(files, names), logits)
+
+
+def buffers_in(side: Side, other: Side) -> dict[str, torch.Tensor]:
+    """Buffers of a side as its constructor makes them in the dtype of the other side.
+
+    A constant that a model keeps in the dtype of its weights (a scale on the embedding) rounds with them.
+    """
+    from regauge.hf import load_meta
+
+    wanted = other.model.config.dtype
+    if side.model.config.dtype == wanted:
+        return side.model.buffers()
+    config = copy.deepcopy(side.model.config)
+    config.dtype = wanted
+    return load_meta(config).buffers()
 
 
 def subject_of(name: str, architecture: str, digest: str, traced: Trace, weights: Any) -> Subject:
