@@ -9,6 +9,8 @@ alignment.
     python benchmarks/compare_pairs.py --store DIR              # trains what DIR lacks, some 30 minutes
     python benchmarks/compare_pairs.py --store DIR --family mlp # one family; nothing is written
     python benchmarks/compare_pairs.py --manifest              # the pairs as JSON
+
+DIR keeps models and what was measured; remove DIR/scores/aligned when the library's alignment has changed.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 
 import torch
 from rich.progress import track
+from torch import nn
 
 from harness import RESULTS, machine, table
 from pairs import baselines, kinds, scores
@@ -34,6 +37,7 @@ from pairs.features import pair_features, spread
 from pairs.makers import Store
 from pairs.manifest import Pair, pairs
 from pairs.recipes import Made, Source
+from pairs.training import held_out
 from regauge.errors import RegaugeError
 
 REGAUGE = "regauge"
@@ -48,27 +52,39 @@ def bare(made: Made) -> Made:
 
 def measure(store: Store, pair: Pair, align: bool) -> dict[str, Any]:
     """Every score of a pair, and what is left of it where the gauge is known and after alignment."""
-    family = FAMILIES[pair.family]
+    result = {**pair.plain(), **store.kept(f"baselines/{pair.name}", lambda: _baselines(store, pair))}
+    if align:
+        found = store.kept(f"aligned/{pair.name}", lambda: _aligned(store, pair))
+        result["scores"] = {**result["scores"], REGAUGE: found.pop("similarity")}
+        result |= found
+    return result
+
+
+def _baselines(store: Store, pair: Pair) -> dict[str, Any]:
+    family, x = FAMILIES[pair.family], example(FAMILIES[pair.family])
     a, b = store.model(pair.a), store.model(pair.b)
-    x = example(family)
-    found = {name: way(family, a, b, x) for name, way in baselines.BASELINES.items()}
-    result: dict[str, Any] = {**pair.plain(), "scores": found}
-    stored = [p for p in b.parameters() if p.dim() > 1]
+    result: dict[str, Any] = {"scores": {n: way(family, a, b, x) for n, way in baselines.BASELINES.items()}}
+    result["losses"] = [held_out(family, model, "a") for model in (a, b)]
     if pair.derived:
         plain = (store.model(bare(made)) for made in (pair.a, pair.b))
         both = [(p, q) for p, q in baselines.common(*plain) if p.dim() > 1]
-        result["known gauge"] = pair_features(both, stored)
-    if align:
-        start = time.perf_counter()
-        try:
-            held = aligned(family, store, pair.a, pair.b)
-        except RegaugeError as error:
-            found[REGAUGE], result["refused"] = 0.0, str(error).splitlines()[0]
-        else:
-            found[REGAUGE], result["relative"] = held.similarity, held.relative
-            result["aligned"] = pair_features(held.both, stored)
-        result["seconds"] = round(time.perf_counter() - start, 2)
+        result["known gauge"] = pair_features(both, _stored(b))
     return result
+
+
+def _aligned(store: Store, pair: Pair) -> dict[str, Any]:
+    start = time.perf_counter()
+    try:
+        held = aligned(FAMILIES[pair.family], store, pair.a, pair.b)
+    except RegaugeError as error:
+        return {"similarity": 0.0, "refused": str(error).splitlines()[0]}
+    seconds = round(time.perf_counter() - start, 2)
+    left = pair_features(held.both, _stored(store.model(pair.b)))
+    return {"similarity": held.similarity, "relative": held.relative, "seconds": seconds, "aligned": left}
+
+
+def _stored(model: nn.Module) -> list[torch.Tensor]:
+    return [p for p in model.parameters() if p.dim() > 1]
 
 
 def sources(found: Sequence[Pair]) -> list[Source]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,14 @@ class Store:
     def note(self, source: Source) -> dict[str, Any]:
         """``loss_start``, ``loss_end`` (held out, nats) and ``cosine_with_start`` of the weights."""
         return json.loads((self.directory / f"{source.name}.json").read_text())
+
+    def kept(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What was measured under a name, or what is measured now."""
+        path = self.directory / "scores" / f"{name.replace(': ', '/').replace(' ', '-')}.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(measure()))
+        return json.loads(path.read_text())
 
     def model(self, made: Made) -> nn.Module:
         """Any model, in evaluation mode."""
