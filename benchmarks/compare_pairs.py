@@ -112,7 +112,19 @@ def judge(results: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
             kind: [min(values), sorted(values)[len(values) // 2], max(values)]
             for kind, values in (derived | unrelated).items()
         },
+        "by family": {
+            family: _ends([r for r in results if r["family"] == family], name)
+            for family in dict.fromkeys(result["family"] for result in results)
+        },
     }
+
+
+def _ends(results: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
+    """The scores that come closest to the wrong side."""
+    copies = [r["scores"][name] for r in results if r["kind"] == "copy"]
+    derived = [r["scores"][name] for r in results if r["derived"]]
+    unrelated = [r["scores"][name] for r in results if not r["derived"]]
+    return {"lowest copy": min(copies), "lowest derived": min(derived), "highest unrelated": max(unrelated)}
 
 
 def named(results: Sequence[dict[str, Any]], gauge: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,9 @@ def aligned_models(family: Family, store: Store, a: Made, b: Made) -> tuple[nn.M
     args, kwargs = ((), dict(inputs)) if family.stored else (inputs, {})
     first, second = (side_of_module(ModuleModel.of(store.model(made), args, kwargs)) for made in (a, b))
     _, pair = align_sides(first, second)
-    model = regauge.rewrite_module(store.model(a), inputs, normal_recipe(), seed=0)[0].eval()
+    model = copy.deepcopy(store.model(a))
+    with suppress(regauge.Refused):  # It is in its normal form already.
+        model = regauge.rewrite_module(model, inputs, normal_recipe(structure=True), seed=0)[0].eval()
     other = copy.deepcopy(model)
     ours, theirs = (dict(m.named_parameters()) | dict(m.named_buffers()) for m in (model, other))
     with torch.no_grad():

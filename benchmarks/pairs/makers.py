@@ -85,6 +85,8 @@ class Store:
 
     def _make(self, made: Made, path: Path | None) -> nn.Module:
         family = FAMILIES[made.source.family]
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
         before, (name, value) = Made(made.source, made.steps[:-1]), made.steps[-1]
         model = self.model(before)
         if name == "disguised":
