@@ -41,6 +41,7 @@ from pairs.training import held_out
 from regauge.errors import RegaugeError
 
 REGAUGE = "regauge"
+UNTRAINED = "never trained"
 CALIBRATION = Path(__file__).parent.parent / "src" / "regauge" / "provenance" / "calibration.json"
 BARRIERS = ("mlp", "decoder-rms", "llama")
 
@@ -105,9 +106,10 @@ def judge(results: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
         held = derived if result["derived"] else unrelated
         held.setdefault(result["kind"], []).append(result["scores"][name])
     apart = [value for values in unrelated.values() for value in values]
+    trained = [value for kind, values in unrelated.items() if kind != UNTRAINED for value in values]
     return {
         **scores.judged(derived, apart),
-        "threshold": scores.threshold(apart),
+        "threshold": scores.threshold(trained),
         "by kind": {
             kind: [min(values), sorted(values)[len(values) // 2], max(values)]
             for kind, values in (derived | unrelated).items()
@@ -123,8 +125,15 @@ def _ends(results: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
     """The scores that come closest to the wrong side."""
     copies = [r["scores"][name] for r in results if r["kind"] == "copy"]
     derived = [r["scores"][name] for r in results if r["derived"]]
-    unrelated = [r["scores"][name] for r in results if not r["derived"]]
-    return {"lowest copy": min(copies), "lowest derived": min(derived), "highest unrelated": max(unrelated)}
+    unrelated = [r["scores"][name] for r in results if not r["derived"] and r["kind"] != UNTRAINED]
+    z = torch.tensor(unrelated, dtype=torch.float64).atanh()
+    return {
+        "lowest copy": min(copies),
+        "lowest derived": min(derived),
+        "highest unrelated": max(unrelated),
+        "mean of z": z.mean().item(),
+        "deviation of z": z.std().item(),
+    }
 
 
 def named(results: Sequence[dict[str, Any]], gauge: str) -> dict[str, Any]:
@@ -235,6 +244,7 @@ def calibration(content: dict[str, Any]) -> dict[str, Any]:
         "families": list(FAMILIES),
         "unrelated": held["threshold"],
         "chosen": held["all"]["no false positive"],
+        "by family": held["by family"],
         "by kind": held["by kind"],
         "left": content["left"]["aligned"],
     }

@@ -25,7 +25,8 @@ class Aligned:
     Attributes:
         similarity: one number, 1 for a disguised copy.
         relative: ‖a − b‖ / ‖a‖ of the matrices.
-        both: matrices of a and of b, moved to a's gauge; where shapes differ, b as it is.
+        both: matrices of a and of b, moved to a's gauge; b as it is where shapes differ, and empty where it
+            has no counterpart.
     """
 
     similarity: float
@@ -71,6 +72,9 @@ def aligned(family: Family, store: Store, a: Made, b: Made) -> Aligned:
                 x, y = first.read(name), second.read(other)
             if float(x.norm()) > 0:
                 both.append((x, y))
+        for name in found.only_a:
+            if len(first.shapes[name]) > 1:
+                both.append((first.read(name), torch.empty(0, 0)))
     return Aligned(found.similarity, found.relative, tuple(both))
 
 

@@ -27,10 +27,12 @@ def kind(found: Mapping[str, float]) -> str:
         return "copy"
     if found["bfloat16"] >= 0.99 and found["residual"] <= 0.01:
         return "bf16"
-    if found["levels"] <= 0.5 or (found["kurtosis"] <= 2.4 and found["noise"] <= 0.1):
+    if found["levels"] <= 0.5 or (
+        found["kurtosis"] <= 2.7 and found["noise"] <= 0.1 and found["flatness"] >= 0.75
+    ):
         return "int4"
     if found["slope"] <= 0.75 and found["residual"] >= 0.4:
         return "average with another"
-    if found["rank"] <= 0.2:
+    if found["flatness"] <= 0.4 and found["rank"] <= 0.45:
         return "low rank"
     return "trained on"

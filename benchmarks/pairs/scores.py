@@ -83,27 +83,36 @@ def judged(derived: Mapping[str, Sequence[float]], unrelated: Sequence[float]) -
 def threshold(unrelated: Sequence[float], rates: Sequence[float] = (1e-2, 1e-3, 1e-6)) -> dict[str, Any]:
     """Where a false positive has a stated probability, if scores of unrelated pairs keep to a fitted law.
 
-    Three laws: a normal distribution by its mean and deviation; a Gumbel distribution by maximum likelihood
-    (its right tail is the heavier one); a generalised Pareto tail above the upper fifth. What was seen says
-    no more than that the rate at the highest score is below 3 / n with 95 % confidence (the rule of three);
-    pairs that share a model are not independent, so that n overstates.
+    Scores are taken as correlations: the laws are fitted to artanh(score) (Fisher's z). Three laws: a normal
+    distribution by its mean and deviation; a Gumbel distribution by maximum likelihood, whose right tail is
+    heavier; a generalised Pareto tail above the upper fifth. What was seen says no more than that the rate
+    above the highest score is below 3 / n with 95 % confidence (the rule of three); pairs that share a model
+    are not independent, so that n overstates.
+
+    Args:
+        unrelated: scores of pairs without a common origin.
+        rates: of false positives.
     """
-    x = np.asarray(unrelated, dtype=np.float64)
-    n, mean, deviation = len(x), float(x.mean()), float(x.std(ddof=1))
-    location, scale = stats.gumbel_r.fit(x)
-    start = float(np.quantile(x, 0.8))
-    over = x[x > start] - start
+    z = np.arctanh(np.clip(np.asarray(unrelated, dtype=np.float64), -1 + 1e-9, 1 - 1e-9))
+    n, mean, deviation = len(z), float(z.mean()), float(z.std(ddof=1))
+    location, scale = stats.gumbel_r.fit(z)
+    start = float(np.quantile(z, 0.8))
+    over = z[z > start] - start
     shape, _, width = stats.genpareto.fit(over, floc=0)
+
+    def tail(rate: float) -> float:
+        return start + float(stats.genpareto.isf(min(rate * n / len(over), 1.0), shape, 0, width))
+
     laws = {
-        "normal": {f"{r:g}": float(stats.norm.isf(r, mean, deviation)) for r in rates},
-        "gumbel": {f"{r:g}": float(stats.gumbel_r.isf(r, location, scale)) for r in rates},
-        "pareto tail": {
-            f"{r:g}": start + float(stats.genpareto.isf(min(r * n / len(over), 1.0), shape, 0, width))
-            for r in rates
-        },
+        "normal": lambda rate: stats.norm.isf(rate, mean, deviation),
+        "gumbel": lambda rate: stats.gumbel_r.isf(rate, location, scale),
+        "pareto tail": tail,
     }
     return {
-        "pairs": n, "mean": mean, "deviation": deviation, "highest": float(x.max()),
-        "at false-positive rate": laws, "rule of three": 3 / n,
+        "pairs": n, "mean of z": mean, "deviation of z": deviation, "highest": max(unrelated),
+        "at false-positive rate": {
+            name: {f"{rate:g}": float(np.tanh(law(rate))) for rate in rates} for name, law in laws.items()
+        },
+        "rule of three": 3 / n,
         "fits": {"gumbel": [float(location), float(scale)], "pareto": [float(shape), float(width), start]},
     }  # fmt: skip
