@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 from pathlib import Path
 
@@ -200,6 +201,7 @@ def test_thresholds_count_what_they_say():
     assert 0.5 < found.threshold < 0.8
     assert scores.best(yes, no) == found
     assert scores.without_false([0.1], [0.2]).found == 0
+    json.dumps(scores.judged({"copy": [0.1]}, [0.2]))
 
 
 def test_a_fitted_threshold_has_the_rate_it_states():

@@ -23,8 +23,8 @@ class Confusion:
 
 def confusion(derived: Sequence[float], unrelated: Sequence[float], threshold: float) -> Confusion:
     """Counts of both kinds of pair on both sides of a threshold."""
-    yes = sum(value >= threshold for value in derived)
-    wrong = sum(value >= threshold for value in unrelated)
+    yes = sum(bool(value >= threshold) for value in derived)
+    wrong = sum(bool(value >= threshold) for value in unrelated)
     return Confusion(float(threshold), yes, len(derived) - yes, wrong, len(unrelated) - wrong)
 
 
