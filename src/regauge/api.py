@@ -12,14 +12,11 @@ from torch import nn
 from regauge.atlas import Atlas
 from regauge.certify import Certificate, certify_modules
 from regauge.cuts import check_cuts
-from regauge.discover import Gauge, discover
+from regauge.discover import discover
 from regauge.errors import BadInput, NotEquivalent
-from regauge.growing.trial import Trial, trial_of
 from regauge.hf import load_config, model_class_of
 from regauge.modeling_regauge import KEEPS, PatchError
-from regauge.patches import restructured
-from regauge.plan import Rewrite
-from regauge.planner import make_plan
+from regauge.module_model import ModuleModel
 from regauge.recipe import Recipe, parse_recipe
 from regauge.rewriting import Progress, RewriteResult, rewrite
 from regauge.sources import resolve
@@ -91,48 +88,22 @@ def rewrite_module(
     seed = seed if seed is not None else (recipe.seed or 0)
     check_cuts(recipe, False)
     args, kwargs = given_inputs(inputs)
-    traced = trace(model, args, kwargs, outputs=outputs)
-    state = {name: value.detach() for name, value in model.state_dict(keep_vars=True).items()}
-
-    def read(plan: Rewrite, name: str) -> torch.Tensor:
-        made = plan.made.get(name)
-        value = state[plan.copies.get(name, name)] if made is None else made.value(state.__getitem__)
-        for step in plan.steps.get(name, ()):
-            value = step.apply(value.to(torch.float64))
-        return value
-
-    def retrace(so_far: Rewrite) -> Gauge:
-        return Gauge(trace(restructured(model, so_far.copies, so_far.patches), args, kwargs, outputs=outputs))
-
-    def built(so_far: Rewrite) -> tuple[nn.Module, Mapping[str, torch.Tensor]]:
-        changed = restructured(model, so_far.copies, so_far.patches)
-        return changed, dict(changed.named_buffers())
-
-    def trial(so_far: Rewrite) -> Trial:
-        return trial_of(so_far, built, retrace)
-
-    plan, _, _ = make_plan(
-        Gauge(traced),
-        recipe,
-        seed,
-        lambda so_far: lambda name: read(so_far, name),
-        retrace=retrace,
-        trial=trial,
-    )
-    changed = restructured(model, plan.copies, plan.patches)
+    held = ModuleModel.of(model, args, kwargs, outputs)
+    plan, _, _ = held.plan(recipe, seed)
+    changed = held.rebuilt(plan)
     with torch.no_grad():
-        held = dict(changed.named_parameters(remove_duplicate=False)) | dict(changed.named_buffers())
+        tensors = dict(changed.named_parameters(remove_duplicate=False)) | dict(changed.named_buffers())
         replaced = tuple(f"{patch['path']}." for patch in plan.patches if patch["module"] not in KEEPS)
-        for name, parameter in held.items():
+        for name, parameter in tensors.items():
             if name in plan.steps or name in plan.made or name.startswith(replaced):
-                parameter.copy_(read(plan, name).to(parameter.dtype))
+                parameter.copy_(held.read(plan, name).to(parameter.dtype))
     certificate = certify_modules(
         model,
         changed,
         args,
         kwargs,
         outputs=outputs,
-        weights_b_exact=lambda name: read(plan, name),
+        weights_b_exact=lambda name: held.read(plan, name),
         seed=seed,
     )
     if not certificate.passed:

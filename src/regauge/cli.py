@@ -8,6 +8,15 @@ from typing import Annotated
 
 import typer
 
+from regauge.cli_equivalence import (
+    DocumentRule,
+    Labels,
+    Level,
+    Margin,
+    Power,
+    Tokens,
+    compare_on_text,
+)
 from regauge.cli_grow import grow
 from regauge.cli_lab import lab
 from regauge.cli_lr import lr
@@ -65,6 +74,7 @@ def _root(  # pyright: ignore[reportUnusedFunction]
       1    the certificate failed; nothing was kept
       2    bad input or usage
       3    refused: the symmetry asked for does not exist in this model
+      4    not enough data to decide
       130  interrupted
     """
 
@@ -167,7 +177,13 @@ def certify(
     a: Annotated[str, typer.Argument(metavar="A", help="The original.", show_default=False)],
     b: Annotated[str, typer.Argument(metavar="B", help="The other.", show_default=False)],
     text: TextFile = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of random inputs and of the rounding floor.")] = 0,
+    margin: Margin = None,
+    level: Level = None,
+    power: Power = None,
+    tokens: Tokens = None,
+    document: DocumentRule = None,
+    labels: Labels = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of all that is drawn at random.")] = 0,
     max_memory: Memory = None,
     json: AsJson = False,
 ) -> None:
@@ -177,12 +193,25 @@ def certify(
     beside what rounding alone would do to A. Nothing of how B was made is
     used. Exit code 1 if they differ.
 
+    With --margin the question is another one: on texts like this, is the mean
+    difference surely less than the margin? Documents drawn from --text are
+    scored with both; two one-sided tests decide. The margin is in nats per
+    token for language models, 1 - cosine for embeddings, a share of the items
+    for classifiers. Exit code 4 if the data do not suffice; how much would is
+    printed.
+
     \b
     Examples:
       regauge certify ./llama ./rotated
       regauge certify packaged:minilm ./mine --text book.txt --json
+      regauge certify ./llama ./llama-8bit --text book.txt --margin 0.01
     """
     with outcome(as_json=json):
+        asked = {"level": level, "power": power, "tokens": tokens, "document": document, "labels": labels}
+        options = {name: value for name, value in asked.items() if value is not None}
+        if margin is not None or options:
+            compare_on_text(a, b, text, margin, options, seed, max_memory, as_json=json)
+            return
         from regauge.api import resolve
         from regauge.certify import certify as run
         from regauge.certify import render

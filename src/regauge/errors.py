@@ -19,6 +19,7 @@ EXIT_OK = 0
 EXIT_CERTIFICATE = 1
 EXIT_BAD_INPUT = 2
 EXIT_REFUSED = 3
+EXIT_UNDECIDED = 4
 
 
 class RegaugeError(Exception):

@@ -7,12 +7,10 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from regauge import modeling_regauge, norms_regauge
 from regauge.apply import ApplyReport, RewrittenView, apply_rewrite
@@ -20,26 +18,13 @@ from regauge.certify import Certificate, certify
 from regauge.certify.certificate import software
 from regauge.checkpoint import Checkpoint
 from regauge.cuts import check_cuts, measured
-from regauge.discover import Gauge
-from regauge.embedding_scale import unscaled_config
-from regauge.errors import CheckpointError, NotEquivalent, Refused, RegaugeError
-from regauge.growing.trial import Trial, trial_of
-from regauge.hf import (
-    HFModel,
-    checkpoint_names,
-    load_meta,
-    patched_config,
-    read_config,
-    resolved_config,
-)
-from regauge.jobs import tensor_copies, tensor_drops, tensor_made, with_new_names
+from regauge.errors import NotEquivalent, RegaugeError
+from regauge.jobs import tensor_copies, tensor_drops, tensor_made
+from regauge.model import CheckpointModel
 from regauge.modeling_regauge import KEY
 from regauge.plan import Rewrite
-from regauge.planner import make_plan
 from regauge.recipe import Recipe, parse_recipe
 from regauge.sources import resolve
-from regauge.ties import tied_config, untied_config
-from regauge.trace import Trace, trace
 from regauge.write import StagedOutput
 from regauge.written import Written, check_written
 
@@ -106,46 +91,18 @@ def rewrite(
     path, target = resolve(source), Path(out)
     with Checkpoint.open(path) as files:
         tell("tracing", 0, 1)
-        held, source_config = load_meta(path), read_config(path)
-        names = checkpoint_names(held, files.names)
-        gauge = Gauge(trace(held.model, (), held.inputs))
-        _check_shapes(files, names, gauge.trace)
+        model = CheckpointModel.of(path, files)
         clock.lap("trace")
         tell("planning", 0, len(recipe.moves))
         count = iter(range(1, len(recipe.moves) + 1))
-
-        def rebuilt(plan: Rewrite) -> HFModel:
-            return load_meta({**source_config, **_config(source_config, plan)})
-
-        def retrace(plan: Rewrite) -> Gauge:
-            changed = rebuilt(plan)
-            return Gauge(trace(changed.model, (), changed.inputs))
-
-        def built(plan: Rewrite) -> tuple[nn.Module, Mapping[str, torch.Tensor]]:
-            changed = rebuilt(plan)
-            return changed.model, changed.buffers()
-
-        def trial(plan: Rewrite) -> Trial:
-            config = {**source_config, **_config(source_config, plan)}
-            return trial_of(plan, built, retrace, config, resolved_config(config))
-
-        plan, _, _ = make_plan(
-            gauge,
-            recipe,
-            seed,
-            partial(_reader, files, names),
-            untied_config,
-            lambda name: tell(f"planning {name}", next(count), len(recipe.moves)),
-            retrace,
-            lambda so_far: {**source_config, **_config(source_config, so_far)},
-            trial,
-            unscaled_config,
-            tied_config,
+        plan, _, _ = model.plan(
+            recipe, seed, lambda name: tell(f"planning {name}", next(count), len(recipe.moves))
         )
-        names = _apart(with_new_names(names, plan), plan)
+        source_config = model.config
+        names = model.names_after(plan)
         view = RewrittenView(files, plan, names)
         clock.lap("plan")
-        config = _config(source_config, plan)
+        config = model.changes(plan)
         if dtype is not None:
             old = "torch_dtype" in source_config
             config |= dict.fromkeys(("dtype", "torch_dtype")[: 1 + old], str(dtype).removeprefix("torch."))
@@ -211,60 +168,12 @@ def rewrite(
     return RewriteResult(certificate, report, manifest, clock.seconds, plan)
 
 
-def _apart(names: Mapping[str, str], plan: Rewrite) -> dict[str, str]:
-    """Without names that no longer share a stored tensor: each is a new tensor of its own name."""
-    first: dict[str, str] = {}
-    for name, tensor in names.items():
-        first.setdefault(tensor, name)
-    made = {n for n, t in names.items() if n in plan.made and first[t] != n}
-    held = {
-        n: t
-        for n, t in names.items()
-        if n not in made and (n not in plan.copies or t != names[plan.copies[n]])
-    }
-    taken = (plan.copies.keys() - held.keys()) & set(held.values())
-    if taken:
-        name = min(taken)
-        raise Refused(
-            "a parameter that gets a tensor of its own has the name under which another one is stored",
-            parameter=name,
-            found=f"{plan.copies[name]} is stored as {name}",
-            way_out="load the model and save it again with save_pretrained",
-        )
-    return held
-
-
-def _config(config: Mapping[str, Any], plan: Rewrite) -> dict[str, Any]:
-    """Changes to the top level of ``config.json`` that the plan needs."""
-    changes = dict(plan.config)
-    if plan.patches:
-        changes |= patched_config({**config, **changes}, plan.patches)
-    return changes
-
-
 def _code(config: Mapping[str, Any]) -> dict[str, bytes]:
     """The files that let stock transformers load a changed structure, if it is one."""
     if KEY not in config:
         return {}
     paths = [Path(str(module.__file__)) for module in (modeling_regauge, norms_regauge)]
     return {path.name: path.read_bytes() for path in paths}
-
-
-def _check_shapes(files: Checkpoint, names: Mapping[str, str], traced: Trace) -> None:
-    for name, shape in traced.shapes.items():
-        if name in names and tuple(files.shape(names[name])) != tuple(shape):
-            raise CheckpointError(
-                "a tensor has another shape than the config says",
-                parameter=names[name],
-                expected=str(tuple(shape)),
-                found=str(tuple(files.shape(names[name]))),
-                way_out="use the config.json that belongs to these weights",
-            )
-
-
-def _reader(files: Checkpoint, names: Mapping[str, str], plan: Rewrite) -> Callable[[str], torch.Tensor]:
-    """Current values by parameter name, as the plan so far leaves them."""
-    return RewrittenView(files, plan, _apart(names, plan)).read
 
 
 class _Clock:

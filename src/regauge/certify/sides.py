@@ -94,7 +94,7 @@ class Side:
 
 def open_side(path: Path, files: Checkpoint, rows: int, length: int, like: Side | None = None) -> Side:
     """One side, traced; with the trace of the other side if the two have the same configuration."""
-    from regauge.hf import checkpoint_names, load_meta
+    from regauge.hf import load_meta
 
     held = Counter[torch.dtype]()
     for name in files.names:
@@ -104,9 +104,18 @@ def open_side(path: Path, files: Checkpoint, rows: int, length: int, like: Side 
     config = path / "config.json"
     if like is None or like.dtype != dtype or config.read_bytes() != (like.path / "config.json").read_bytes():
         model = load_meta(path, batch=rows, length=length, experts="grouped_mm", dtype=dtype)
-        traced, logits = _trace(model)
+        traced, logits = trace_function(model)
     else:
         model, traced, logits = like.model, like.trace, like.logits
+    return side_of(path, files, dtype, model, traced, logits)
+
+
+def side_of(
+    path: Path, files: Checkpoint, dtype: torch.dtype | None, model: HFModel, traced: Trace, logits: bool
+) -> Side:
+    """One side whose model is traced already; its tensors are found in the checkpoint and checked."""
+    from regauge.hf import checkpoint_names
+
     names = checkpoint_names(model, files.names)
     for canonical, shape in traced.shapes.items():
         if canonical in names and files.shape(names[canonical]) != shape:
@@ -167,7 +176,7 @@ def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _trace(model: HFModel) -> tuple[Trace, bool]:
+def trace_function(model: HFModel) -> tuple[Trace, bool]:
     """The trace, and whether the function is the ``logits`` of the model, not everything it returns."""
     wanted = "logits"
     try:

@@ -1,0 +1,154 @@
+"""One of the two models that are aligned, in its normal form: its atlas, and its values when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from regauge.atlas import Action, Atlas
+from regauge.checkpoint import Checkpoint
+from regauge.discover import Gauge
+from regauge.errors import Refused
+from regauge.matching.normal import normal_recipe, null_actions, without_null
+from regauge.model import CheckpointModel
+from regauge.module_model import ModuleModel
+from regauge.moves import State
+from regauge.plan import Rewrite
+from regauge.trace import Trace, untie
+
+Rows = tuple[int, int] | None
+"""A range of the first axis, or all of it."""
+
+CHUNK = 1 << 24
+"""Entries that are read at once: 128 MiB in float64."""
+
+
+class Reader(Protocol):
+    def __call__(self, name: str, rows: Rows = None, /) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model in its normal form.
+
+    Attributes:
+        name: for messages.
+        trace: its traced graph, untied if the normal form is.
+        atlas: its gauge.
+        shapes: canonical parameter name -> shape.
+        plan: how the normal form comes from the model.
+        values: parameter name and range of rows -> values of the plan, any dtype.
+        null: parameter -> null directions on it.
+    """
+
+    name: str
+    trace: Trace
+    atlas: Atlas
+    shapes: Mapping[str, tuple[int, ...]]
+    plan: Rewrite
+    values: Reader = field(repr=False)
+    null: Mapping[str, tuple[Action, ...]] = field(repr=False)
+
+    def read(self, name: str, rows: Rows = None) -> torch.Tensor:
+        """A parameter, or rows of it, in float64; null directions are zero. A new contiguous tensor."""
+        value = self.values(name, rows)
+        found = value.to(torch.float64).clone(memory_format=torch.contiguous_format)
+        return without_null(found, self.null.get(name, ()), self.shapes[name])
+
+    def plain(self) -> frozenset[str]:
+        """Vectors that do nothing: all zeros, or all ones that no generator changes."""
+        charts = {a.parameter: a.chart for g in self.atlas.generators for a in g.actions}
+        found: list[str] = []
+        for name, shape in self.shapes.items():
+            if len(shape) < 2:
+                value = self.read(name)
+                if name not in charts:
+                    nothing = bool((value == value.reshape(-1)[:1]).all()) and float(
+                        value.reshape(-1)[0]
+                    ) in (0, 1)
+                else:
+                    nothing = not charts[name] and not bool(value.any())
+                if nothing:
+                    found.append(name)
+        return frozenset(found)
+
+    def with_null(self, more: Mapping[str, Sequence[Action]]) -> Side:
+        """The same with further null directions, which the other encoding of the function shows."""
+        null = {name: (*self.null.get(name, ()), *more.get(name, ())) for name in (*self.null, *more)}
+        return replace(self, null=null)
+
+    def chunks(self, name: str) -> Iterator[Rows]:
+        """Ranges of rows that together are the parameter, each of a bounded size."""
+        shape = self.shapes[name]
+        width = 1
+        for size in shape[1:]:
+            width *= size
+        whole = not shape or shape[0] * width <= CHUNK
+        if whole or any(action.axis == 0 for action in self.null.get(name, ())):
+            yield None
+            return
+        step = max(1, CHUNK // width)
+        for start in range(0, shape[0], step):
+            yield start, min(start + step, shape[0])
+
+
+def side_of_module(model: ModuleModel, *, structure: bool = True, name: str = "module") -> Side:
+    """The normal form of a module in memory."""
+    model = replace(model, gauge=_seen(model.gauge))
+    plan, state, gauge = _planned(lambda: model.plan(normal_recipe(structure=structure), 0), model.gauge)
+
+    def values(parameter: str, rows: Rows = None) -> torch.Tensor:
+        whole = model.read(plan, parameter)
+        return whole if rows is None else whole[rows[0] : rows[1]]
+
+    return _side(name, plan, state, gauge, values)
+
+
+def side_of_model(model: CheckpointModel, *, structure: bool = True, name: str = "checkpoint") -> Side:
+    """The normal form of an open checkpoint; weights are streamed when they are read."""
+    model = replace(model, gauge=_seen(model.gauge))
+    plan, state, gauge = _planned(lambda: model.plan(normal_recipe(structure=structure), 0), model.gauge)
+    view = model.view(plan)
+
+    def values(parameter: str, rows: Rows = None) -> torch.Tensor:
+        return view.read(parameter) if rows is None else view.read_rows(parameter, *rows)
+
+    return _side(name, plan, state, gauge, values)
+
+
+@contextmanager
+def open_sides(a: Path, b: Path, *, structure: bool = True) -> Generator[tuple[Side, Side]]:
+    """Both directories in their normal forms; the files are closed at the end."""
+    with Checkpoint.open(a) as files_a, Checkpoint.open(b) as files_b:
+        first, second = CheckpointModel.of(a, files_a), CheckpointModel.of(b, files_b)
+        yield (
+            side_of_model(first, structure=structure, name=a.name),
+            side_of_model(second, structure=structure, name=b.name),
+        )
+
+
+def _seen(gauge: Gauge) -> Gauge:
+    """The gauge of the traced function alone: what other code may do with parameters that no operation reads
+    limits a rewrite, but not whether two functions are the same."""
+    trace = gauge.trace
+    read = {node.name for node in trace.graph.nodes if node.users or node in trace.outputs}
+    parameters = {node: name for node, name in trace.parameters.items() if node in read}
+    return Gauge(replace(trace, parameters=parameters)) if len(parameters) < len(trace.parameters) else gauge
+
+
+def _planned(plan: Callable[[], tuple[Rewrite, State, Gauge]], gauge: Gauge) -> tuple[Rewrite, State, Gauge]:
+    try:
+        return plan()
+    except Refused:  # Every move was: the model is in its normal form.
+        return Rewrite(), State(), gauge
+
+
+def _side(name: str, plan: Rewrite, state: State, gauge: Gauge, values: Reader) -> Side:
+    atlas = gauge.atlas(untied=state.untied, folded=state.folded)
+    traced = untie(gauge.trace) if state.untied else gauge.trace
+    return Side(name, traced, atlas, dict(traced.shapes), plan, values, null_actions(atlas))
