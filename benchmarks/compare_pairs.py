@@ -20,6 +20,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,19 +163,22 @@ def barriers(store: Store, families: Sequence[str], align: bool) -> dict[str, An
     """Losses along the line between two models of different seeds, and from a model to its disguised copy."""
     found: dict[str, Any] = {}
     for name in families:
-        family, one, two = FAMILIES[name], Made(Source(name, 0)), Made(Source(name, 1))
+        one, two = Made(Source(name, 0)), Made(Source(name, 1))
         copy = next(p for p in pairs([name]) if p.kind == "copy")
         for what, a, b in (("two seeds", one, two), ("disguised copy", copy.a, copy.b)):
-            models = store.model(a), store.model(b)
-            if len(models[0].state_dict()) == len(models[1].state_dict()):
-                before = line(family, *models)
-                found[f"{name}, {what}"] = {"before": before, "barrier before": barrier(before)}
+            before = store.kept(f"baselines/line: {name}, {what}", partial(_line, store, name, a, b))
+            found[f"{name}, {what}"] = before | {"barrier before": barrier(before["before"])}
             if align:
-                after = line(family, *aligned_models(family, store, a, b))
-                found.setdefault(f"{name}, {what}", {}).update(
-                    after=after, **{"barrier after": barrier(after)}
-                )
+                after = store.kept(f"aligned/line: {name}, {what}", partial(_line, store, name, a, b, True))
+                found[f"{name}, {what}"] |= after | {"barrier after": barrier(after["after"])}
     return found
+
+
+def _line(store: Store, name: str, a: Made, b: Made, align: bool = False) -> dict[str, list[float]]:
+    family = FAMILIES[name]
+    if align:
+        return {"after": line(family, *aligned_models(family, store, a, b))}
+    return {"before": line(family, store.model(a), store.model(b))}
 
 
 def show(content: dict[str, Any]) -> None:
@@ -273,7 +277,6 @@ def main() -> None:
     align = not options.no_alignment
     with tempfile.TemporaryDirectory() as folder:
         store = Store(options.store or folder)
-        start = time.perf_counter()
         held = sources(listed)
         for source in track(held, "training"):
             store.source(source)
@@ -282,7 +285,6 @@ def main() -> None:
         lines = [name for name in BARRIERS if options.family is None or name in options.family]
         content = {
             "machine": machine(),
-            "seconds": round(time.perf_counter() - start),
             "sources": {source.name: store.note(source) for source in held},
             "methods": {name: judge(results, name) for name in names},
             "left": {gauge: left(results, gauge) for gauge in ("known gauge", "aligned")},

@@ -25,7 +25,7 @@ class Aligned:
     Attributes:
         similarity: one number, 1 for a disguised copy.
         relative: ‖a − b‖ / ‖a‖ of the matrices.
-        both: matrices of a and of b, moved to a's gauge; b as it is where shapes differ, and empty where it
+        both: matrices of a and of b, moved to a's gauge; b as it is where shapes differ, empty where it
             has no counterpart.
     """
 
@@ -72,8 +72,8 @@ def aligned(family: Family, store: Store, a: Made, b: Made) -> Aligned:
                 x, y = first.read(name), second.read(other)
             if float(x.norm()) > 0:
                 both.append((x, y))
-        for name in found.only_a:
-            if len(first.shapes[name]) > 1:
+        for name, shape in first.shapes.items():
+            if name not in found.names and len(shape) > 1:
                 both.append((first.read(name), torch.empty(0, 0)))
     return Aligned(found.similarity, found.relative, tuple(both))
 

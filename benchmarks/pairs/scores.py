@@ -83,11 +83,10 @@ def judged(derived: Mapping[str, Sequence[float]], unrelated: Sequence[float]) -
 def threshold(unrelated: Sequence[float], rates: Sequence[float] = (1e-2, 1e-3, 1e-6)) -> dict[str, Any]:
     """Where a false positive has a stated probability, if scores of unrelated pairs keep to a fitted law.
 
-    Scores are taken as correlations: the laws are fitted to artanh(score) (Fisher's z). Three laws: a normal
-    distribution by its mean and deviation; a Gumbel distribution by maximum likelihood, whose right tail is
-    heavier; a generalised Pareto tail above the upper fifth. What was seen says no more than that the rate
-    above the highest score is below 3 / n with 95 % confidence (the rule of three); pairs that share a model
-    are not independent, so that n overstates.
+    Scores are taken as correlations: the laws are fitted to artanh(score) (Fisher's z). Two laws: a normal
+    distribution by its mean and deviation, and a Gumbel distribution by maximum likelihood, whose right tail
+    is heavier. Without a law, the rate above the highest score is below 3 / n with 95 % confidence (the rule
+    of three), had the pairs been independent; those that share a model are not.
 
     Args:
         unrelated: scores of pairs without a common origin.
@@ -96,17 +95,9 @@ def threshold(unrelated: Sequence[float], rates: Sequence[float] = (1e-2, 1e-3, 
     z = np.arctanh(np.clip(np.asarray(unrelated, dtype=np.float64), -1 + 1e-9, 1 - 1e-9))
     n, mean, deviation = len(z), float(z.mean()), float(z.std(ddof=1))
     location, scale = stats.gumbel_r.fit(z)
-    start = float(np.quantile(z, 0.8))
-    over = z[z > start] - start
-    shape, _, width = stats.genpareto.fit(over, floc=0)
-
-    def tail(rate: float) -> float:
-        return start + float(stats.genpareto.isf(min(rate * n / len(over), 1.0), shape, 0, width))
-
     laws = {
         "normal": lambda rate: stats.norm.isf(rate, mean, deviation),
         "gumbel": lambda rate: stats.gumbel_r.isf(rate, location, scale),
-        "pareto tail": tail,
     }
     return {
         "pairs": n, "mean of z": mean, "deviation of z": deviation, "highest": max(unrelated),
@@ -114,5 +105,5 @@ def threshold(unrelated: Sequence[float], rates: Sequence[float] = (1e-2, 1e-3, 
             name: {f"{rate:g}": float(np.tanh(law(rate))) for rate in rates} for name, law in laws.items()
         },
         "rule of three": 3 / n,
-        "fits": {"gumbel": [float(location), float(scale)], "pareto": [float(shape), float(width), start]},
+        "fits": {"gumbel": [float(location), float(scale)]},
     }  # fmt: skip
