@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from regauge.cli_compare import compare
 from regauge.cli_equivalence import (
     DocumentRule,
     Labels,
@@ -17,6 +18,7 @@ from regauge.cli_equivalence import (
     Tokens,
     compare_on_text,
 )
+from regauge.cli_fingerprint import fingerprint, index
 from regauge.cli_grow import grow
 from regauge.cli_lab import lab
 from regauge.cli_lr import lr
@@ -169,7 +171,10 @@ app.command()(norms)
 app.command()(upgrade)
 app.command()(fold)
 app.command()(lr)
+app.command()(compare)
 app.add_typer(lab)
+app.command()(fingerprint)
+app.add_typer(index)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from regauge.elements import Element
 from regauge.matching.correspondence import Correspondence, correspond
 from regauge.matching.moved import Pair
 from regauge.matching.order import LINEAR
+from regauge.matching.padding import padded_alike
 from regauge.matching.sides import Side, open_sides, side_of_module
 from regauge.matching.solver import SWEEPS, Found, refine, run
 from regauge.module_model import ModuleModel
@@ -98,6 +99,7 @@ def align_sides(a: Side, b: Side, tell: Tell | None = None) -> tuple[Alignment, 
         Refused: the models do not do the same with their parameters.
     """
     found = correspond(a, b)
+    a, b = padded_alike(a, b, found.names)
     generators, different = common(a, b, found)
     same = {name: other for name, other in found.names.items() if a.shapes[name] == b.shapes[other]}
     back = {other: name for name, other in same.items()}

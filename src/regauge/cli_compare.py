@@ -1,0 +1,49 @@
+"""`regauge compare`: the relation of two models."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from regauge.cli_options import AsJson, Memory, TextFile
+from regauge.cli_support import outcome, parse_size, print_json, progress_bar, show
+from regauge.errors import EXIT_CERTIFICATE
+
+
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="The one you know.", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other.", show_default=False)],
+    text: TextFile = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of random inputs and of the rounding floor.")] = 0,
+    max_memory: Memory = None,
+    json: AsJson = False,
+) -> None:
+    """Are these two the same function, is one derived from the other, or are they unrelated?
+
+    B is moved into A's gauge: heads, neurons and channels in A's order, the
+    residual stream in A's basis. What is left over then says how they are
+    related; both also run on the same inputs. Names, sharding, dtype, folded
+    norms, untied heads and LayerNorm against RMSNorm make no difference.
+
+    \b
+    Exit codes: 0 equivalent, 1 derived or unrelated.
+
+    \b
+    Examples:
+      regauge compare ./llama ./mystery
+      regauge compare packaged:gemma-3-270m ./finetuned --json
+    """
+    with outcome(as_json=json):
+        from regauge.comparing import compare as run
+        from regauge.comparing.render import render
+
+        limit = None if max_memory is None else parse_size(max_memory)
+        with progress_bar(quiet=json) as progress:
+            found = run(a, b, text=text, seed=seed, max_memory=limit, progress=progress)
+        if json:
+            print_json(found.to_json())
+        else:
+            show(render(found))
+        if not found.equivalent:
+            raise typer.Exit(EXIT_CERTIFICATE)

@@ -1,0 +1,146 @@
+"""Compare two directories: align them, run them, and say how they are related."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from regauge.atlas import Kind
+from regauge.certify import Certificate, Verdict, certify
+from regauge.comparing.calibration import Calibration, calibration
+from regauge.comparing.changes import changes_of
+from regauge.comparing.comparison import Comparison, Moved, Relation
+from regauge.elements import DIAGONAL, Diagonal, Element, Permutation
+from regauge.errors import BadInput, Refused
+from regauge.matching import Alignment, align_sides
+from regauge.matching.sides import open_sides
+from regauge.sources import resolve
+
+Tell = Callable[[str, int, int], None]
+
+SAME = 1e-6
+
+
+def compare(
+    a: str | Path,
+    b: str | Path,
+    *,
+    text: str | Path | None = None,
+    seed: int = 0,
+    max_memory: int | None = None,
+    progress: Tell | None = None,
+) -> Comparison:
+    """How is b related to a?
+
+    Args:
+        a, b: sources, see :func:`regauge.sources.resolve`.
+        text: a UTF-8 file for the certificate; default random inputs.
+        seed: of random inputs and of the rounding floor.
+        max_memory: bytes that the certificate stays near.
+        progress: called with (what is being done, done, total).
+
+    Returns:
+        the verdict. *Equivalent* rests on a certificate: both run on the same inputs. *Derived* rests on the
+        similarity after alignment, against the calibration.
+
+    Raises:
+        BadInput, CheckpointError, TraceError: a source that cannot be used.
+        Refused: the models can neither be aligned nor run on the same inputs.
+    """
+    tell = progress or _silent
+    path_a, path_b = resolve(a), resolve(b)
+    seconds: dict[str, float] = {}
+    start = time.perf_counter()
+    tell("tracing", 0, 1)
+    alignment, refused, changes = None, None, ()
+    known = calibration()
+    try:
+        with open_sides(path_a, path_b) as (first, second):
+            alignment, pair = align_sides(first, second, tell)
+            if alignment.similarity >= known.threshold:
+                changes = changes_of(alignment, pair, path_b)
+    except Refused as error:
+        refused = error
+    seconds["align"] = round(time.perf_counter() - start, 3)
+    start = time.perf_counter()
+    tell("running both", 0, 1)
+    certificate, unlike = None, None
+    if alignment is None or alignment.similarity >= known.threshold:
+        try:
+            certificate = certify(path_a, path_b, text=text, seed=seed, max_memory=max_memory)
+        except BadInput as error:
+            unlike = error
+    seconds["certify"] = round(time.perf_counter() - start, 3)
+    if alignment is None and certificate is None:
+        assert refused is not None
+        raise refused from unlike
+    relation, reason = _judge(alignment, certificate, known)
+    equivalent = relation in (Relation.EQUIVALENT, Relation.WITHIN_ROUNDING)
+    return Comparison(
+        relation=relation,
+        reason=reason,
+        a=path_a.name,
+        b=path_b.name,
+        similarity=None if alignment is None else alignment.similarity,
+        threshold=known.threshold,
+        false_positive=known.false_positive,
+        relative=None if alignment is None else alignment.relative,
+        gauge=() if alignment is None else _moved(alignment),
+        changes=() if equivalent else changes,
+        tensors=() if alignment is None else alignment.tensors,
+        only_a=() if alignment is None else alignment.only_a,
+        only_b=() if alignment is None else alignment.only_b,
+        not_aligned=None if refused is None else refused.message,
+        certificate=certificate,
+        seconds=seconds,
+    )
+
+
+def _judge(
+    alignment: Alignment | None, certificate: Certificate | None, known: Calibration
+) -> tuple[Relation, str]:
+    if certificate is not None and certificate.passed:
+        exact = certificate.verdict is Verdict.EQUIVALENT
+        return Relation.EQUIVALENT if exact else Relation.WITHIN_ROUNDING, certificate.reason
+    if alignment is None:
+        return Relation.UNRELATED, "they are built differently, and their outputs differ on the same inputs"
+    figure = f"similarity {alignment.similarity:.4f} after alignment"
+    if alignment.similarity >= known.threshold:
+        why = "" if certificate is None else f"; as functions they differ: {certificate.reason}"
+        return Relation.DERIVED, f"{figure}, unrelated models stay below {known.threshold:.3f}{why}"
+    return Relation.UNRELATED, f"{figure}, derived models are above {known.threshold:.3f}"
+
+
+def _moved(alignment: Alignment) -> tuple[Moved, ...]:
+    found: dict[Kind, list[int]] = {}
+    seen: dict[str, tuple[Kind, int, int, torch.Tensor]] = {}
+    for generator, element in alignment.elements:
+        moved = _displaced(element)
+        kind, count, size, before = seen.get(
+            generator.id, (generator.kind, generator.count, generator.size, torch.zeros_like(moved))
+        )
+        seen[generator.id] = (kind, count, size, before | moved)
+    for kind, count, size, moved in seen.values():
+        row = found.setdefault(kind, [0, 0, 0, 0])
+        row[0] += 1
+        row[1] += count
+        row[2] += int(moved.sum())
+        row[3] = max(row[3], size)
+    return tuple(Moved(str(kind), *found[kind]) for kind in Kind if kind in found)
+
+
+def _displaced(element: Element) -> torch.Tensor:
+    """Which of the K elements are not the identity, bool [K]."""
+    if isinstance(element, Permutation):
+        return (element.index != torch.arange(element.n)).any(1)
+    if isinstance(element, Diagonal) and element.kind in DIAGONAL:
+        return (element.vector - 1).abs().amax(1) > SAME
+    eye = torch.eye(element.n, dtype=torch.float64)
+    return (element.matrix() - eye).abs().amax(dim=(1, 2)) > SAME
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass

@@ -1,0 +1,55 @@
+"""A comparison as a table, for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from regauge.comparing.comparison import Comparison, Relation
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_COLOURS = {
+    Relation.EQUIVALENT: "green",
+    Relation.WITHIN_ROUNDING: "green",
+    Relation.DERIVED: "yellow",
+    Relation.UNRELATED: "red",
+}
+_WORST = 5
+
+
+def render(found: Comparison) -> RenderableType:
+    """Verdict, kinds of change, the gauge element, what is left over, and the certificate."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from regauge.certify import render as certificate_view
+
+    parts: list[RenderableType] = [
+        Text.assemble((str(found.relation), f"bold {_COLOURS[found.relation]}"), f": {found.reason}")
+    ]
+    for change in found.changes:
+        parts.append(Text.assemble("  ", (change.kind, "bold"), f": {change.evidence}"))
+    if found.similarity is None:
+        parts.append(Text(f"not aligned: {found.not_aligned}", style="dim"))
+    else:
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for name in ("gauge", "generators", "largest", "elements", "moved"):
+            table.add_column(name, justify="left" if name == "gauge" else "right")
+        for row in found.gauge:
+            table.add_row(row.kind, str(row.generators), str(row.size), str(row.copies), str(row.moved))
+        worst = sorted(found.tensors, key=lambda t: -t.relative)[:_WORST]
+        left = Table(box=None, pad_edge=False, header_style="dim")
+        for name in ("left over", "‖a − b‖ / ‖a‖", "cosine"):
+            left.add_column(name, justify="left" if name == "left over" else "right")
+        left.add_row("all matrices", f"{found.relative:.2e}", f"{found.similarity:.6f}")
+        for tensor in worst:
+            left.add_row(f"  {tensor.parameter}", f"{tensor.relative:.2e}", f"{tensor.cosine:.6f}")
+        parts += [Text(), table, Text(), left]
+        alone = [*(f"{n} (only a)" for n in found.only_a), *(f"{n} (only b)" for n in found.only_b)]
+        if alone:
+            parts.append(Text(f"without a counterpart: {', '.join(alone[:8])}", style="dim"))
+    if found.certificate is not None:
+        parts += [Text(), certificate_view(found.certificate)]
+    return Group(*parts)
