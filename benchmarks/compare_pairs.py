@@ -81,7 +81,10 @@ def _aligned(store: Store, pair: Pair) -> dict[str, Any]:
     except RegaugeError as error:
         return {"similarity": 0.0, "refused": str(error).splitlines()[0]}
     seconds = round(time.perf_counter() - start, 2)
-    left = pair_features(held.both, _stored(store.model(pair.b)))
+    a, b = store.model(pair.a), store.model(pair.b)
+    left = pair_features(held.both, _stored(b))
+    sizes = [p.shape != q.shape for p, q in baselines.common(a, b) if p.dim() > 1]
+    left["resized"] = sum(sizes) / max(1, len(sizes))  # As stored: alignment may pad.
     return {"similarity": held.similarity, "relative": held.relative, "seconds": seconds, "aligned": left}
 
 
