@@ -20,6 +20,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,21 +30,23 @@ from rich.progress import track
 from torch import nn
 
 from harness import RESULTS, machine, table
-from pairs import baselines, kinds, scores
+from pairs import baselines, scores
 from pairs.alignment import aligned, aligned_models
 from pairs.barrier import barrier, line
 from pairs.disguise import example
 from pairs.families import FAMILIES
-from pairs.features import pair_features, spread
+from pairs.kinds import GROUPS
 from pairs.makers import Store
 from pairs.manifest import Pair, pairs
 from pairs.recipes import Made, Source
 from pairs.training import held_out
+from regauge.comparing.features import pair_features, spread
+from regauge.comparing.kinds import kind
 from regauge.errors import RegaugeError
 
 REGAUGE = "regauge"
 UNTRAINED = "never trained"
-CALIBRATION = Path(__file__).parent.parent / "src" / "regauge" / "provenance" / "calibration.json"
+CALIBRATION = Path(__file__).parent.parent / "src" / "regauge" / "comparing" / "calibration.json"
 BARRIERS = ("mlp", "decoder-rms", "llama")
 
 
@@ -146,10 +149,10 @@ def named(results: Sequence[dict[str, Any]], gauge: str) -> dict[str, Any]:
     right = total = 0
     for result in results:
         if result["derived"] and gauge in result:
-            called = kinds.kind(result[gauge])
+            called = kind(result[gauge])
             row = counts.setdefault(result["kind"], {})
             row[called] = row.get(called, 0) + 1
-            right, total = right + (result["kind"] in kinds.GROUPS[called]), total + 1
+            right, total = right + (result["kind"] in GROUPS[called]), total + 1
     return {"right": right, "pairs": total, "called": counts}
 
 
@@ -241,16 +244,27 @@ def write(content: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
     print(f"\nwritten to {path}")
 
 
-def calibration(content: dict[str, Any]) -> dict[str, Any]:
+RATE = 1e-3
+"""Of false positives, by the law fitted, at the threshold that the library takes."""
+
+
+def calibration(content: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What the library needs: a threshold with its rate of false positives, and the spread by kind."""
     held = content["methods"][REGAUGE]
+    chosen = held["threshold"]["at false-positive rate"]["normal"][f"{RATE:g}"]
+    sides: dict[bool, list[float]] = {True: [], False: []}
+    for result in results:
+        sides[bool(result["derived"])].append(result["scores"][REGAUGE])
     return {
         "version": 1,
         "how": "benchmarks/compare_pairs.py: similarity after alignment of pairs of small trained models; "
         "see benchmarks/README.md",
         "families": list(FAMILIES),
         "unrelated": held["threshold"],
-        "chosen": held["all"]["no false positive"],
+        "chosen": {
+            "false-positive rate": RATE,
+            **asdict(scores.confusion(sides[True], sides[False], chosen)),
+        },
         "by family": held["by family"],
         "by kind": held["by kind"],
         "left": content["left"]["aligned"],
@@ -299,7 +313,7 @@ def main() -> None:
         write(content, results)
         if align:
             CALIBRATION.parent.mkdir(exist_ok=True)
-            CALIBRATION.write_text(json.dumps(rounded(calibration(content)), indent=1) + "\n")
+            CALIBRATION.write_text(json.dumps(rounded(calibration(content, results)), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,11 +17,12 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from pairs import baselines, changes, scores
 from pairs.barrier import barrier, line
 from pairs.families import FAMILIES, MLP, Hidden
-from pairs.features import pair_features, storage_features, tensor_features
-from pairs.kinds import GROUPS, kind
+from pairs.kinds import GROUPS
 from pairs.manifest import pairs
 from pairs.recipes import Made, Source
 from pairs.training import samples
+from regauge.comparing.features import pair_features, storage_features, tensor_features
+from regauge.comparing.kinds import kind
 
 
 def build(name: str) -> nn.Module:

@@ -10,25 +10,37 @@ from importlib import resources
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured.
+    """What ``benchmarks/compare_pairs.py`` measured.
 
     Attributes:
         threshold: similarity from which a pair counts as derived.
-        false_positive: probability that an unrelated pair reaches it, by the law fitted.
-        positives, negatives: pairs it was measured on.
-        highest_unrelated, lowest_derived: similarities.
+        false_positive: probability that an unrelated pair reaches it, by a normal law for artanh(similarity).
+        found, missed: derived pairs at or above it, and below.
+        false, rejected: unrelated pairs likewise.
+        highest_unrelated: the largest similarity of an unrelated pair.
     """
 
     threshold: float
     false_positive: float
-    positives: int
-    negatives: int
+    found: int
+    missed: int
+    false: int
+    rejected: int
     highest_unrelated: float
-    lowest_derived: float
 
 
 @cache
 def calibration() -> Calibration:
     """The calibration that the library ships, see ``benchmarks/README.md``."""
     text = resources.files("regauge.comparing").joinpath("calibration.json").read_text(encoding="utf-8")
-    return Calibration(**json.loads(text))
+    content = json.loads(text)
+    held = content["chosen"]
+    return Calibration(
+        held["threshold"],
+        held["false-positive rate"],
+        held["found"],
+        held["missed"],
+        held["false"],
+        held["rejected"],
+        content["unrelated"]["highest"],
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from regauge.checkpoint import Checkpoint
 from regauge.comparing.comparison import Change
 from regauge.comparing.features import pair_features
+from regauge.comparing.kinds import evidence, kind
 from regauge.matching import Alignment
 from regauge.matching.moved import Pair
 
@@ -38,44 +39,11 @@ def changes_of(alignment: Alignment, pair: Pair, path_b: Path) -> tuple[Change, 
 
     if not names:
         return ()
-    found = pair_features(both(), _stored(path_b))
-    return tuple(_named(found, pair))
-
-
-def _named(found: Mapping[str, float], pair: Pair) -> Iterator[Change]:
-    """Rules in order of how sure they are; several may hold."""
-    resized = [
-        f"{pair.names[n]}: {tuple(pair.b.trace.shapes[pair.names[n]])} for {tuple(pair.a.trace.shapes[n])}"
-        for n in pair.names
-        if tuple(pair.b.trace.shapes[pair.names[n]]) != tuple(pair.a.trace.shapes[n])
-    ]
-    residual = f"‖a − b‖ = {found['residual']:.3g} ‖a‖"
-    if resized:
-        yield Change(
-            "units removed or added", f"{len(resized)} parameters have other sizes, such as {resized[0]}"
-        )
-    elif found["largest zero rows"] >= 0.05:
-        yield Change(
-            "units set to zero", f"{100 * found['largest zero rows']:.0f} % of the units of a layer are zero"
-        )
-    if found["levels"] <= 0.5:
-        yield Change("quantised", f"{64 * found['levels']:.0f} distinct values in 64 stored ones; {residual}")
-    elif found["bfloat16"] >= 0.99 and found["residual"] <= 0.01:
-        yield Change("rounded to bfloat16", f"every stored value is one; {residual}")
-    elif not resized and found["kurtosis"] <= 2.7 and found["noise"] <= 0.1 and found["flatness"] >= 0.75:
-        yield Change(
-            "quantised",
-            f"what is left is as even as rounding errors (kurtosis {found['kurtosis']:.2f}), of full rank,"
-            f" and knows nothing of a; {residual}",
-        )
-    elif found["slope"] <= 0.75 and found["residual"] >= 0.4:
-        yield Change("averaged with another model", f"⟨a, b⟩ = {found['slope']:.2f} ⟨a, a⟩; {residual}")
-    elif found["flatness"] <= 0.4 and found["rank"] <= 0.45:
-        yield Change(
-            "low-rank update", f"{100 * found['rank']:.0f} % of the singular values hold it; {residual}"
-        )
-    elif found["residual"] > 1e-5 and not resized and found["largest zero rows"] < 0.05:
-        yield Change("trained further", f"a dense change that is no rounding; {residual}")
+    traced_a, traced_b = pair.a.trace.shapes, pair.b.trace.shapes
+    resized = [tuple(traced_a[n]) != tuple(traced_b[pair.names[n]]) for n in names]
+    found = {**pair_features(both(), _stored(path_b)), "resized": sum(resized) / len(resized)}
+    named = kind(found)
+    return (Change(str(named), evidence(named, found)),)
 
 
 def _stored(path: Path) -> list[torch.Tensor]:

@@ -59,7 +59,7 @@ def products(pair: Pair, generator: Generator, view: View) -> Products | None:
         cross += x @ y.mT
         for own, z in ((own_a, x), (own_b, y)):
             rows = z.view(k, p, u, n, -1).transpose(2, 3)
-            own += rows @ rows.mT
+            own += rows @ rows.mT if u > 1 else rows.square().sum(-1, keepdim=True)
         features += x.shape[-1]
     return Products(view, cross.view(k, p, u, n, u, n), own_a, own_b, features * u * p)
 
