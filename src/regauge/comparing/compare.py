@@ -68,11 +68,10 @@ def compare(
     start = time.perf_counter()
     tell("running both", 0, 1)
     certificate, unlike = None, None
-    if alignment is None or alignment.similarity >= known.threshold:
-        try:
-            certificate = certify(path_a, path_b, text=text, seed=seed, max_memory=max_memory)
-        except BadInput as error:
-            unlike = error
+    try:
+        certificate = certify(path_a, path_b, text=text, seed=seed, max_memory=max_memory)
+    except BadInput as error:
+        unlike = error
     seconds["certify"] = round(time.perf_counter() - start, 3)
     if alignment is None and certificate is None:
         assert refused is not None
