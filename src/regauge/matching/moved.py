@@ -12,8 +12,8 @@ from regauge.atlas import Action, Generator
 from regauge.elements import Element
 from regauge.matching.sides import Rows, Side
 
-_KEEP = 48 << 20
-"""Entries of either model that are kept in memory: 384 MiB in float64."""
+_KEEP = 24 << 20
+"""Entries of either model that are kept in memory: 192 MiB in float64."""
 
 
 class Kept:

@@ -24,8 +24,8 @@ from regauge.trace import Trace, untie
 Rows = tuple[int, int] | None
 """A range of the first axis, or all of it."""
 
-CHUNK = 1 << 24
-"""Entries that are read at once: 128 MiB in float64."""
+CHUNK = 1 << 22
+"""Entries that are read at once: 32 MiB in float64."""
 
 
 class Reader(Protocol):
