@@ -10,6 +10,8 @@ not scaled down to nothing; nor can it grow, since one is always a choice.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -50,63 +52,113 @@ class _Blocks:
         return torch.where(scale > 0, self.cross / scale.clamp_min(1e-300), 0.0)
 
 
-def shared(views: Sequence[Sequence[View]]) -> dict[Action, list[tuple[int, View]]]:
-    """Blocks (of the first action on each) with the generators, by number, that act on them."""
-    found: dict[object, tuple[Action, list[tuple[int, View]]]] = {}
-    for at, own in enumerate(views):
-        for view in own:
-            action = view.action
-            key = (action.parameter, action.parts, action.axis, action.chart)
-            found.setdefault(key, (action, []))[1].append((at, view))
-    return dict(found.values())
+class Layout:
+    """Which sizes scale which entries: equations and unknowns of one unit, the same for every unit.
 
+    A generator that has further copies has an unknown for each; a block has an equation for each combination
+    of the copies of what acts on it. Copies that all generators have number units, as the acting factor does.
 
-def exponents(generators: Sequence[Generator], views: Sequence[Sequence[View]]) -> torch.Tensor:
-    """Of every generator in every block, [J, G] float64."""
-    rows = [
-        [sum(float(view.action.exponent) for at, view in acting if at == g) for g in range(len(generators))]
-        for acting in shared(views).values()
-    ]
-    return torch.tensor(rows, dtype=torch.float64).view(-1, len(generators))
+    Attributes:
+        generators: diagonals on one factor.
+        common: copies that all of them have.
+        blocks: (first action on the block, copies beside the common ones), in a fixed order.
+        table: exponents, [equations, unknowns] float64.
+    """
+
+    def __init__(self, generators: Sequence[Generator], views: Sequence[Sequence[View]]) -> None:
+        self.generators = generators
+        first = dict(generators[0].copies)
+        self.common = tuple(n for n in first if all(n in dict(g.copies) for g in generators))
+        self.extra = [tuple(item for item in g.copies if item[0] not in self.common) for g in generators]
+        self.starts = [0]
+        for extra in self.extra:
+            self.starts.append(self.starts[-1] + _count(extra))
+        held: dict[object, tuple[Action, list[tuple[int, float]]]] = {}
+        for g, own in enumerate(views):
+            for action in (view.action for view in own):
+                key = (action.parameter, action.parts, action.axis)
+                held.setdefault(key, (action, []))[1].append((g, float(action.exponent)))
+        self.blocks: list[tuple[Action, tuple[str, ...]]] = []
+        rows: list[torch.Tensor] = []
+        for action, acting in held.values():
+            names = dict(item for g, _ in acting for item in self.extra[g])
+            self.blocks.append((action, tuple(names)))
+            for combination in itertools.product(*(range(size) for size in names.values())):
+                at = dict(zip(names, combination, strict=True))
+                row = torch.zeros(self.starts[-1], dtype=torch.float64)
+                for g, exponent in acting:
+                    index = 0
+                    for name, size in self.extra[g]:
+                        index = index * size + at[name]
+                    row[self.starts[g] + index] += exponent
+                rows.append(row)
+        self.table = torch.stack(rows) if rows else torch.zeros(0, self.starts[-1], dtype=torch.float64)
+
+    @property
+    def units(self) -> int:
+        sizes = dict(self.generators[0].copies)
+        return self.generators[0].size * math.prod(sizes[name] for name in self.common)
+
+    def own(self, g: int) -> slice:
+        """Unknowns of a generator."""
+        return slice(self.starts[g], self.starts[g + 1])
+
+    def spread(self, g: int, unknowns: torch.Tensor) -> torch.Tensor:
+        """[unknowns of the generator, units] -> [K, n] in the order of its copies."""
+        generator = self.generators[g]
+        sizes = dict(generator.copies)
+        names = (*(name for name, _ in self.extra[g]), *self.common)
+        full = unknowns.reshape(*(sizes[name] for name in names), generator.size)
+        order = [names.index(name) for name, _ in generator.copies]
+        return full.permute(*order, len(names)).reshape(generator.count, generator.size).contiguous()
 
 
 def solve_diagonals(
     pair: Pair, generators: Sequence[Generator], views: Sequence[Sequence[View]]
 ) -> list[Element]:
-    """Elements of generators that act on one factor with the same copies.
+    """Elements of generators that act on one factor.
 
     Args:
         pair: both models.
         generators: signs, positive numbers and scales.
         views: the views that are clear, for each generator.
     """
-    first = generators[0]
-    acting = [own[0][1] for own in shared(views).values()]
-    sums = [[pair.weight(v.action.parameter) * x for x in diagonals(pair, first, v)] for v in acting]
-    units = first.count * first.size
-    stacked = [
-        torch.stack([s[i].reshape(-1) for s in sums]) if sums else torch.zeros(0, units, dtype=torch.float64)
-        for i in range(3)
-    ]
-    table = exponents(generators, views)
-    counts = torch.tensor([_features(v, first) for v in acting], dtype=torch.float64)
-    blocks = _Blocks(stacked[0], stacked[1], stacked[2], table, counts)
-    signed = torch.tensor([g.kind is not Kind.POSITIVE for g in generators])
+    layout = Layout(generators, views)
+    blocks = _blocks(pair, layout)
+    each = [g for g, extra in zip(generators, layout.extra, strict=True) for _ in range(_count(extra))]
+    table = layout.table
+    signed = torch.tensor([g.kind is not Kind.POSITIVE for g in each])
     odd = ((table.round() == table) & (table.abs() % 2 == 1) & signed).to(torch.int64)
     signs = _signs(blocks, odd)
     parity = 1.0 - 2.0 * ((odd @ (signs < 0).to(torch.int64)) % 2).to(torch.float64)
-    sized = torch.tensor([g.kind is not Kind.SIGN for g in generators])
-    logs = torch.zeros(len(generators), units, dtype=torch.float64)
+    sized = torch.tensor([g.kind is not Kind.SIGN for g in each])
+    logs = torch.zeros(len(each), layout.units, dtype=torch.float64)
     if bool(sized.any()):
-        seen = _Blocks(blocks.cross * parity, blocks.own_a, blocks.own_b, table[:, sized], counts)
-        logs[sized] = _sizes(seen)
-    shape = (first.count, first.size)
+        logs[sized] = _sizes(replace(blocks, cross=blocks.cross * parity, exponents=table[:, sized]))
     found: list[Element] = []
     for g, generator in enumerate(generators):
-        sizes, sign = logs[g].exp().view(shape), signs[g].view(shape)
-        vector = sign if generator.kind is Kind.SIGN else sizes if not signed[g] else sign * sizes
-        found.append(Diagonal(vector.contiguous(), generator.kind))
+        sizes, sign = logs[layout.own(g)].exp(), signs[layout.own(g)]
+        positive, sign_only = generator.kind is Kind.POSITIVE, generator.kind is Kind.SIGN
+        vector = sign if sign_only else sizes if positive else sign * sizes
+        found.append(Diagonal(layout.spread(g, vector), generator.kind))
     return found
+
+
+def _count(copies: Sequence[tuple[str, int]]) -> int:
+    return math.prod(size for _, size in copies)
+
+
+def _blocks(pair: Pair, layout: Layout) -> _Blocks:
+    sums: list[list[torch.Tensor]] = [[], [], []]
+    features: list[float] = []
+    for action, extra in layout.blocks:
+        for total, part in zip(sums, diagonals(pair, action, (*extra, *layout.common)), strict=True):
+            total.append(pair.weight(action.parameter) * part.reshape(-1, layout.units))
+        rows = sums[0][-1].shape[0]
+        features += [math.prod(sizes_of(action).values()) / (rows * layout.units)] * rows
+    empty = torch.zeros(0, layout.units, dtype=torch.float64)
+    cross, own_a, own_b = (torch.cat([empty, *total]) for total in sums)
+    return _Blocks(cross, own_a, own_b, layout.table, torch.tensor(features, dtype=torch.float64))
 
 
 def complex_number(pair: Pair, generator: Generator, views: Sequence[View]) -> Element:
@@ -137,10 +189,7 @@ def complex_number(pair: Pair, generator: Generator, views: Sequence[View]) -> E
 
 
 def _features(view: View, generator: Generator) -> float:
-    total = 1
-    for size in sizes_of(view.action).values():
-        total *= size
-    return total / (generator.count * generator.size)
+    return math.prod(sizes_of(view.action).values()) / (generator.count * generator.size)
 
 
 def _signs(blocks: _Blocks, odd: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from regauge.matching.general import descended
 from regauge.matching.kinds import Projection, improved, solve
 from regauge.matching.moved import Pair
 from regauge.matching.order import LINEAR, Unknown, View, sizes_of
-from regauge.matching.scales import exponents, solve_diagonals
+from regauge.matching.scales import Layout, solve_diagonals
 
 SWEEPS = 8
 _MATRICES = (Kind.COMPLEX, Kind.ORTHOGONAL_ONES, Kind.ORTHOGONAL, Kind.GENERAL_LINEAR)
@@ -22,7 +22,7 @@ _THIN = 0.2
 
 Tell = Callable[[int, int], None]
 Bundle = tuple[Generator, ...]
-"""Generators that are solved at once: all diagonals on one factor with the same copies, or a single other."""
+"""Generators that are solved at once: diagonals on one factor that share blocks, or a single other."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,28 @@ def run(pair: Pair, generators: Sequence[Generator], tell: Tell = lambda done, t
 
 def bundles(generators: Sequence[Generator]) -> list[Bundle]:
     """The generators, each in one bundle, in their order."""
-    found: dict[object, list[Generator]] = {}
+    found: list[list[Generator]] = []
     for generator in generators:
-        diagonal = generator.kind in DIAGONAL
-        key = (generator.acting, generator.size, generator.copies) if diagonal else generator.id
-        found.setdefault(key, []).append(generator)
-    return [tuple(items) for items in found.values()]
+        if generator.kind not in DIAGONAL:
+            found.append([generator])
+            continue
+        joined = [b for b in found if any(_share(generator, other) for other in b)]
+        if not joined:
+            found.append([generator])
+            continue
+        joined[0].append(generator)
+        for bundle in joined[1:]:
+            joined[0].extend(bundle)
+            found.remove(bundle)
+    return [tuple(items) for items in found]
+
+
+def _share(one: Generator, other: Generator) -> bool:
+    """Whether two diagonals act on one factor of one block."""
+    if other.kind not in DIAGONAL or one.acting != other.acting or one.size != other.size:
+        return False
+    places = {(a.parameter, a.parts, a.axis) for a in other.actions}
+    return any((a.parameter, a.parts, a.axis) in places for a in one.actions)
 
 
 def refine(pair: Pair, found: Found) -> bool:
@@ -124,7 +140,7 @@ def _again(pair: Pair, order: Sequence[Bundle], loose: dict[str, Generator]) -> 
     while waiting:
         bundle = waiting.pop(0)
         ids = {g.id for g in bundle}
-        others = [b for b in order if b != bundle and _depends(b[0], bundle[0])]
+        others = [b for b in order if b != bundle and any(_depends(x, y) for x in b for y in bundle)]
         dropped = ids | {g.id for b in others for g in b}
         pair.replace([item for item in pair.history if item[0].id not in dropped])
         waiting += [b for b in others if b not in waiting]
@@ -188,7 +204,8 @@ def _rank_diagonals(bundle: Bundle, unknown: Unknown) -> tuple[float, int] | Non
         return None
     whole = sum(_features(view.action, bundle[0]) for own in everything for view in own or ())
     known, most = (
-        int(torch.linalg.matrix_rank(exponents(bundle, v))) for v in (clear, [v or () for v in everything])
+        int(torch.linalg.matrix_rank(Layout(bundle, v).table)) if v else 0
+        for v in (clear, [own or () for own in everything])
     )
     late = 0.0 if features >= _THIN * whole else 0.5
     return (late if known == most else 1.0), -features
