@@ -13,6 +13,7 @@ from torch import nn
 from regauge.atlas import Action, Generator
 from regauge.elements import Element
 from regauge.matching.correspondence import Correspondence, correspond
+from regauge.matching.history import shortened
 from regauge.matching.moved import Pair
 from regauge.matching.order import LINEAR
 from regauge.matching.padding import padded_alike
@@ -37,6 +38,7 @@ class Leftover:
         cosine: ⟨a, b⟩ / (‖a‖ ‖b‖).
         slope: ⟨a, b⟩ / ⟨a, a⟩.
         norm: ‖a‖.
+        difference: ‖a − b‖.
     """
 
     parameter: str
@@ -46,6 +48,7 @@ class Leftover:
     cosine: float
     slope: float
     norm: float
+    difference: float
 
 
 @dataclass(frozen=True)
@@ -76,22 +79,14 @@ class Alignment:
     @property
     def relative(self) -> float:
         """√(Σ ‖a − b‖² / Σ ‖a‖²) with every matrix scaled to norm one."""
-        found = [t.relative**2 for t in self._matrices]
-        return math.sqrt(sum(found) / len(found)) if found else 0.0
+        return _relative(self.tensors)
 
     @property
     def similarity(self) -> float:
         """Mean cosine of the matrices, each weighed by its number of entries to the power ½."""
-        weights = [math.sqrt(math.prod(t.shape)) for t in self._matrices]
-        return sum(w * t.cosine for w, t in zip(weights, self._matrices, strict=True)) / max(
-            sum(weights), 1e-300
-        )
-
-    @property
-    def _matrices(self) -> list[Leftover]:
-        return [t for t in self.tensors if len(t.shape) > 1 and t.norm > 0] or [
-            t for t in self.tensors if t.norm > 0
-        ]
+        kept = _matrices(self.tensors)
+        weights = [math.sqrt(math.prod(t.shape)) for t in kept]
+        return sum(w * t.cosine for w, t in zip(weights, kept, strict=True)) / max(sum(weights), 1e-300)
 
 
 def align_sides(a: Side, b: Side, tell: Tell | None = None) -> tuple[Alignment, Pair]:
@@ -115,15 +110,16 @@ def align_sides(a: Side, b: Side, tell: Tell | None = None) -> tuple[Alignment, 
     say = tell or _silent
     solved = run(pair, generators, lambda done, total: say("aligning", done, total))
     left = leftovers(pair)
-    best = _objective(left)
+    best = _objective(pair, left)
     sweeps = 1
-    while sweeps < SWEEPS and best > CLOSE**2:
+    while sweeps < SWEEPS and _relative(left) > CLOSE:
         say("improving", sweeps, SWEEPS)
         history = list(pair.history)
         changed = refine(pair, solved)
+        pair.replace(shortened(pair.history))
         sweeps += 1
         again = leftovers(pair)
-        now = _objective(again)
+        now = _objective(pair, again)
         if now >= best:
             pair.replace(history)
             break
@@ -203,6 +199,7 @@ def leftovers(pair: Pair) -> tuple[Leftover, ...]:
                 1.0 if small else ab / math.sqrt(aa * bb) if aa and bb else 0.0,
                 ab / aa if aa else 0.0,
                 math.sqrt(aa),
+                math.sqrt(dd),
             )
         )
     return tuple(found)
@@ -212,9 +209,18 @@ def _silent(what: str, done: int, total: int) -> None:
     pass
 
 
-def _objective(left: Sequence[Leftover]) -> float:
-    kept = [t for t in left if t.norm > 0 and len(t.shape) > 1]
-    return sum(min(t.relative, 1e3) ** 2 for t in kept) / max(1, len(kept))
+def _matrices(left: Sequence[Leftover]) -> list[Leftover]:
+    return [t for t in left if len(t.shape) > 1 and t.norm > 0] or [t for t in left if t.norm > 0]
+
+
+def _relative(left: Sequence[Leftover]) -> float:
+    found = [t.relative**2 for t in _matrices(left)]
+    return math.sqrt(sum(found) / len(found)) if found else 0.0
+
+
+def _objective(pair: Pair, left: Sequence[Leftover]) -> float:
+    """Σ w ‖a − b‖² over all parameters, which no step of :func:`refine` makes larger."""
+    return sum(pair.weight(t.parameter) * t.difference**2 for t in left)
 
 
 def _alignment(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from regauge.atlas import Generator
+from regauge.atlas import Action, Generator
 from regauge.blocks import view_block
 from regauge.matching.moved import Pair
 from regauge.matching.order import View, sizes_of
@@ -83,19 +83,18 @@ def grams(pair: Pair, generator: Generator, view: View) -> tuple[torch.Tensor, t
 
 
 def diagonals(
-    pair: Pair, generator: Generator, view: View
+    pair: Pair, action: Action, held: tuple[str, ...]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For a view of level 0: ⟨a, b⟩, ⟨a, a⟩, ⟨b, b⟩ for each acting index, [K, n] each."""
-    action = view.action
-    k, n = generator.count, generator.size
-    held = (*(name for name, _ in generator.copies), action.acting)
+    """⟨a, b⟩, ⟨a, a⟩, ⟨b, b⟩ over all but some factors and the acting one, [*sizes of held, n] each."""
+    sizes = sizes_of(action)
+    kept = tuple(sizes[name] for name in (*held, action.acting))
     shape = pair.a.shapes[action.parameter]
-    found = [torch.zeros(k, n, dtype=torch.float64) for _ in range(3)]
+    found = [torch.zeros(kept, dtype=torch.float64) for _ in range(3)]
     for whole_a, whole_b in pair.chunks(action.parameter):
         x, y = (
-            view_block(whole, action, held, shape).reshape(k, n, -1) + action.chart
+            view_block(whole, action, (*held, action.acting), shape).reshape(*kept, -1) + action.chart
             for whole in (whole_a, whole_b)
         )
         for total, (left, right) in zip(found, ((x, y), (x, x), (y, y)), strict=True):
-            total += (left * right).sum(2)
+            total += (left * right).sum(-1)
     return found[0], found[1], found[2]

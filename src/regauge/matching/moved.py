@@ -57,6 +57,23 @@ class Pair:
         self.history: list[tuple[Generator, Element]] = []
         self._acts: dict[str, list[tuple[Action, Element, tuple[str, ...]]]] = {}
         self._kept_a, self._kept_b = Kept(), Kept()
+        self._weights: dict[str, float] = {}
+
+    def weight(self, name: str) -> float:
+        """1 / mean square of a parameter, over a and b as they were given; 0 for zeros.
+
+        Every residual is weighed by it, so that an entry of one parameter counts as much as one of another.
+        """
+        if name not in self._weights:
+            total, count = 0.0, 0
+            for rows in self.a.chunks(name):
+                for x in (
+                    self._whole_a(name) if rows is None else self.a.read(name, rows),
+                    self.b.read(self.names[name], rows),
+                ):
+                    total, count = total + float(x.square().sum()), count + x.numel()
+            self._weights[name] = count / total if total else 0.0
+        return self._weights[name]
 
     def apply(self, generator: Generator, element: Element) -> None:
         """The element acts on b after all others."""

@@ -7,10 +7,11 @@ all the same, from what no such element changes; a rotation cannot.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-from regauge.atlas import Action, Generator, Kind
+from regauge.atlas import Action, Generator, Kind, Part
 from regauge.elements import DIAGONAL
 
 LINEAR = (
@@ -35,7 +36,8 @@ class View:
         apart: factors whose indices must not be summed over before squaring: those along which an unknown
             diagonal acts, and those on which an unknown element depends.
         scaled: an unknown diagonal acts along the acting factor itself: 0 none, 1 signs, 2 sizes.
-        level: 0 nothing is loose; 1 only along the axis of the action; 2 elsewhere too.
+        level: 0 nothing is loose; 1 only along the axis of the action; 2 elsewhere too; 3 an unknown element
+            acts on other factors than the block has, so that it cannot be compared yet.
     """
 
     action: Action
@@ -58,17 +60,24 @@ class Unknown:
         for name in generator.parameters:
             self._acts[name] = [item for item in self._acts[name] if item[0].id != generator.id]
 
-    def views(self, generator: Generator) -> tuple[View, ...] | None:
-        """How each action can be compared now; None if the copies do not correspond yet."""
+    def views(self, generator: Generator, together: Sequence[Generator] = ()) -> tuple[View, ...] | None:
+        """How each action can be compared now; None if the copies do not correspond yet.
+
+        Args:
+            generator: whose actions.
+            together: generators solved at once with it, which do not count as unknown.
+        """
+        with_it = {generator.id, *(g.id for g in together)}
         copies = {name for name, _ in generator.copies}
         views: list[View] = []
         for action in generator.actions:
             own = (action.axis, action.acting)
             mixed: dict[str, int] = {}
             apart: dict[str, int] = {}
-            scaled, waits = 0, False
+            scaled, waits, hidden = 0, False, False
+            sizes = sizes_of(action)
             for other, act in self._acts.get(action.parameter, ()):
-                if other.id == generator.id or not overlap(action, act):
+                if other.id in with_it or not overlap(action, act):
                     continue
                 here = (act.axis, act.acting)
                 diagonal = other.kind in DIAGONAL
@@ -76,11 +85,16 @@ class Unknown:
                     # One sign for the whole block, which every group but permutations contains.
                     scaled = max(scaled, 1 if generator.kind is Kind.PERMUTATION else 0)
                     continue
+                if any(name not in sizes for name in (act.acting, *(n for n, _ in other.copies))):
+                    hidden = True
+                    continue
                 if here == own:
                     if diagonal and generator.kind not in DIAGONAL:
                         scaled = max(scaled, 1 if other.kind is Kind.SIGN else 2)
                         apart |= {n: axis_of(action, n) for n, _ in other.copies if n not in copies}
                         continue
+                    if diagonal and {other.kind, generator.kind} != {Kind.SIGN, Kind.POSITIVE}:
+                        scaled = 2
                     waits = waits or not diagonal
                     continue
                 if act.acting in copies and not diagonal:
@@ -95,7 +109,7 @@ class Unknown:
             }
             mixed = {n: a for n, a in mixed.items() if n not in copies}
             loose = {*mixed.values(), *apart.values()}
-            level = 0 if not loose else 1 if loose == {action.axis} else 2
+            level = 3 if hidden else 0 if not loose else 1 if loose == {action.axis} else 2
             views.append(View(action, tuple(mixed), tuple(apart), scaled, level))
         return tuple(views)
 
@@ -106,19 +120,29 @@ def axis_of(action: Action, name: str) -> int:
 
 
 def overlap(one: Action, other: Action) -> bool:
-    """Whether the blocks of two actions on one parameter may share positions.
-
-    Blocks whose parts have the same factors are equal or, at another offset, apart.
-    """
-    for part, second in zip(one.parts, other.parts, strict=True):
-        first, then = _layout(part.factors), _layout(second.factors)
-        if first == then and part.offset != second.offset:
-            return False
-    return True
+    """Whether the blocks of two actions on one parameter may share positions."""
+    return all(_meet(part, second) for part, second in zip(one.parts, other.parts, strict=True))
 
 
-def _layout(factors: Collection[object]) -> frozenset[tuple[int, int]]:
-    return frozenset((f.size, f.stride) for f in factors if f.size > 1)  # type: ignore[attr-defined]
+@lru_cache(maxsize=4096)
+def _meet(part: Part, other: Part) -> bool:
+    """Whether two parts of one axis share a position."""
+    if part == other:
+        return True
+    if part.offset + _reach(part) < other.offset or other.offset + _reach(other) < part.offset:
+        return False
+    return not _positions(part).isdisjoint(_positions(other))
+
+
+def _reach(part: Part) -> int:
+    return sum((factor.size - 1) * factor.stride for factor in part.factors)
+
+
+def _positions(part: Part) -> frozenset[int]:
+    found = [part.offset]
+    for factor in part.factors:
+        found = [at + i * factor.stride for at in found for i in range(factor.size)]
+    return frozenset(found)
 
 
 def sizes_of(action: Action) -> Mapping[str, int]:

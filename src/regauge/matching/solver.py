@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from regauge.atlas import Action, Generator, Kind
-from regauge.elements import DIAGONAL
+from regauge.elements import DIAGONAL, Element
+from regauge.matching.general import descended
 from regauge.matching.kinds import Projection, improved, solve
 from regauge.matching.moved import Pair
 from regauge.matching.order import LINEAR, Unknown, View, sizes_of
+from regauge.matching.scales import Layout, solve_diagonals
 
 SWEEPS = 8
 _MATRICES = (Kind.COMPLEX, Kind.ORTHOGONAL_ONES, Kind.ORTHOGONAL, Kind.GENERAL_LINEAR)
@@ -17,6 +21,8 @@ _THIN = 0.2
 """Share of a generator's features below which what is clear is a weak hint only."""
 
 Tell = Callable[[int, int], None]
+Bundle = tuple[Generator, ...]
+"""Generators that are solved at once: diagonals on one factor that share blocks, or a single other."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Found:
         provisional: rotations of which a part is not determined by the weights.
     """
 
-    order: tuple[Generator, ...]
+    order: tuple[Bundle, ...]
     unsolved: tuple[Generator, ...]
     provisional: tuple[Generator, ...]
 
@@ -38,60 +44,107 @@ def run(pair: Pair, generators: Sequence[Generator], tell: Tell = lambda done, t
     """Solve all generators once; ``pair`` then holds the elements."""
     linear = [generator for generator in generators if generator.kind in LINEAR]
     unknown = Unknown(linear)
-    left = list(linear)
-    order: list[Generator] = []
+    left = bundles(linear)
+    total = len(left)
+    order: list[Bundle] = []
     loose: dict[str, Generator] = {}
     while left:
-        ranked = [(rank, -i) for i, g in enumerate(left) if (rank := _rank(g, unknown.views(g))) is not None]
+        ranked = [(rank, i) for i, bundle in enumerate(left) if (rank := _rank(bundle, unknown)) is not None]
         if not ranked:
             break
-        at = -min(ranked, key=lambda item: (item[0], -item[1]))[1]
-        generator = left.pop(at)
-        _solve(pair, generator, unknown, loose)
-        unknown.solved(generator)
-        order.append(generator)
-        tell(len(order), len(linear))
+        bundle = left.pop(min(ranked)[1])
+        _solve(pair, bundle, unknown, loose)
+        for generator in bundle:
+            unknown.solved(generator)
+        order.append(bundle)
+        tell(len(order), total)
     if loose:
         _again(pair, order, loose)
-    return Found(tuple(order), tuple(left), tuple(loose.values()))
+    return Found(tuple(order), tuple(g for bundle in left for g in bundle), tuple(loose.values()))
+
+
+def bundles(generators: Sequence[Generator]) -> list[Bundle]:
+    """The generators, each in one bundle, in their order."""
+    found: list[list[Generator]] = []
+    for generator in generators:
+        if generator.kind not in DIAGONAL:
+            found.append([generator])
+            continue
+        joined = [b for b in found if any(_share(generator, other) for other in b)]
+        if not joined:
+            found.append([generator])
+            continue
+        joined[0].append(generator)
+        for bundle in joined[1:]:
+            joined[0].extend(bundle)
+            found.remove(bundle)
+    return [tuple(items) for items in found]
+
+
+def _share(one: Generator, other: Generator) -> bool:
+    """Whether two diagonals act on one factor of one block."""
+    if other.kind not in DIAGONAL or one.acting != other.acting or one.size != other.size:
+        return False
+    places = {(a.parameter, a.parts, a.axis) for a in other.actions}
+    return any((a.parameter, a.parts, a.axis) in places for a in one.actions)
 
 
 def refine(pair: Pair, found: Found) -> bool:
-    """One more element for each generator, everything else being known; whether a permutation changed."""
+    """One more element for each generator, everything else being known; whether a permutation changed.
+
+    No element makes Σ w ‖a − b‖² over all parameters larger, w being :meth:`Pair.weight`.
+    """
     unknown = Unknown(())
     changed = False
-    for generator in found.order:
+    for bundle in found.order:
+        generator = bundle[0]
+        if generator.kind in DIAGONAL:
+            _solve(pair, bundle, unknown, {})
+            continue
         views = unknown.views(generator) or ()
         if generator.kind is Kind.PERMUTATION:
-            better = improved(pair, generator, views)
-            if better is not None:
-                pair.apply(generator, better)
-                changed = True
-            continue
-        element = solve(pair, generator, views)
-        if not isinstance(element, Projection):
+            element = improved(pair, generator, views)
+            changed = changed or element is not None
+        elif generator.kind is Kind.GENERAL_LINEAR:
+            element = descended(pair, generator, views)
+        else:
+            element = solve(pair, generator, views)
+        if element is not None and not isinstance(element, Projection):
             pair.apply(generator, element)
     return changed
 
 
-def _solve(pair: Pair, generator: Generator, unknown: Unknown, loose: dict[str, Generator]) -> None:
-    element = solve(pair, generator, unknown.views(generator) or ())
+def _solve(pair: Pair, bundle: Bundle, unknown: Unknown, loose: dict[str, Generator]) -> None:
+    if bundle[0].kind in DIAGONAL:
+        views = _clear(bundle, unknown)
+        for generator, element in zip(bundle, solve_diagonals(pair, bundle, views), strict=True):
+            pair.apply(generator, element)
+        return
+    (generator,) = bundle
+    element: Element = solve(pair, generator, unknown.views(generator) or ())
     loose.pop(generator.id, None)
     if isinstance(element, Projection):
         loose[generator.id] = generator
     pair.apply(generator, element)
 
 
-def _again(pair: Pair, order: Sequence[Generator], loose: dict[str, Generator]) -> None:
+def _clear(bundle: Bundle, unknown: Unknown) -> list[list[View]]:
+    """Views of each generator of a bundle with nothing loose."""
+    views = [unknown.views(generator, bundle) or () for generator in bundle]
+    return [[view for view in own if view.level == 0 and not view.scaled] for own in views]
+
+
+def _again(pair: Pair, order: Sequence[Bundle], loose: dict[str, Generator]) -> None:
     """Solve everything a second time, since a rotation was known in part only when the rest was solved."""
     waiting = list(order)
     while waiting:
-        generator = waiting.pop(0)
-        dropped = {g.id: g for g, _ in pair.history if g.id == generator.id or _depends(g, generator)}
+        bundle = waiting.pop(0)
+        ids = {g.id for g in bundle}
+        others = [b for b in order if b != bundle and any(_depends(x, y) for x in b for y in bundle)]
+        dropped = ids | {g.id for b in others for g in b}
         pair.replace([item for item in pair.history if item[0].id not in dropped])
-        others = [g for g in dropped.values() if g.id != generator.id]
-        waiting += [g for g in others if all(g.id != w.id for w in waiting)]
-        _solve(pair, generator, Unknown([generator, *others]), loose)
+        waiting += [b for b in others if b not in waiting]
+        _solve(pair, bundle, Unknown([g for b in (bundle, *others) for g in b]), loose)
 
 
 def _depends(other: Generator, generator: Generator) -> bool:
@@ -101,22 +154,61 @@ def _depends(other: Generator, generator: Generator) -> bool:
     )
 
 
-def _rank(generator: Generator, views: Sequence[View] | None) -> tuple[float, int] | None:
-    """How early a generator can be solved: little is loose, much is clear. None: not yet."""
+def _rank(bundle: Bundle, unknown: Unknown) -> tuple[float, int] | None:
+    """How early a bundle can be solved: little is loose, much is clear. None: not yet."""
+    if bundle[0].kind in DIAGONAL:
+        return _rank_diagonals(bundle, unknown)
+    (generator,) = bundle
+    views = unknown.views(generator)
     if not views:
         return None
     levels: Mapping[int, int] = {
         level: sum(_features(v.action, generator) for v in views if v.level <= level) for level in (0, 1, 2)
     }
-    if generator.kind in _MATRICES or generator.kind in DIAGONAL:
-        clear = sum(_features(v.action, generator) for v in views if v.level == 0 and not v.scaled)
-        if not clear or (clear < 2 and levels[2] > 1 and generator.kind in _MATRICES):
+    whole = sum(_features(view.action, generator) for view in views)
+    if generator.kind in _MATRICES:
+        seen = [v for v in views if v.level == 0 and not v.scaled]
+        clear = sum(_features(v.action, generator) for v in seen)
+        if not clear or (clear < 2 and levels[2] > 1):
             return None
-        return (0.0 if clear >= _THIN * levels[2] else 0.5), -clear
+        late = 0.0 if clear >= _THIN * whole else 0.5
+        if generator.kind is Kind.GENERAL_LINEAR and not _determined(generator, seen, views):
+            late = 0.75
+        return late, -clear
     for level in (0, 1, 2):
-        if levels[level] >= _THIN * levels[2]:
+        if levels[level] and levels[level] >= _THIN * whole:
             return (level + (0.25 if level else 0.0)), -levels[level]
     return None
+
+
+def _determined(generator: Generator, seen: Sequence[View], views: Sequence[View]) -> bool:
+    """Whether writers and readers are clear where there are both, or one of them has a feature for each unit."""
+
+    def features(among: Sequence[View], sign: int) -> int:
+        return sum(_features(v.action, generator) for v in among if v.action.exponent * sign > 0)
+
+    sides = [sign for sign in (1, -1) if features(views, sign)]
+    return all(features(seen, sign) for sign in sides) or any(
+        features(seen, sign) >= generator.size for sign in sides
+    )
+
+
+def _rank_diagonals(bundle: Bundle, unknown: Unknown) -> tuple[float, int] | None:
+    """The same for diagonals: what is clear must determine as much as all blocks together do."""
+    everything = [unknown.views(generator, bundle) for generator in bundle]
+    if any(views is None for views in everything):
+        return None
+    clear = _clear(bundle, unknown)
+    features = sum(_features(view.action, bundle[0]) for own in clear for view in own)
+    if not features:
+        return None
+    whole = sum(_features(view.action, bundle[0]) for own in everything for view in own or ())
+    known, most = (
+        int(torch.linalg.matrix_rank(Layout(bundle, v).table)) if v else 0
+        for v in (clear, [own or () for own in everything])
+    )
+    late = 0.0 if features >= _THIN * whole else 0.5
+    return (late if known == most else 1.0), -features
 
 
 def _features(action: Action, generator: Generator) -> int:
