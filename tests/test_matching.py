@@ -26,7 +26,7 @@ from regauge.recipe import parse_recipe
 from zoo.drawn import drawn, elements_of, moved, side
 
 SAME = 1e-9
-MODELS = ("llama", "qwen3", "phi3", "gemma3", "gpt2", "neox", "falcon", "bert", "whisper", "t5", "resnet")
+MODELS = ("llama", "qwen3", "phi3", "gemma3", "gpt2", "neox", "bert", "whisper", "t5", "resnet")
 
 
 @cache
