@@ -22,7 +22,7 @@ _THIN = 0.2
 
 Tell = Callable[[int, int], None]
 Bundle = tuple[Generator, ...]
-"""Generators that are solved at once: diagonals on one factor that share blocks, or a single other."""
+"""Generators that are solved at once: diagonals on one factor that share blocks, or one other."""
 
 
 @dataclass(frozen=True)
