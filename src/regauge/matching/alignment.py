@@ -112,6 +112,14 @@ def align_sides(a: Side, b: Side, tell: Tell | None = None) -> tuple[Alignment, 
     left = leftovers(pair)
     best = _objective(pair, left)
     sweeps = 1
+    if _relative(left) > CLOSE:  # Models of one gauge may need no element, and show too little to find that.
+        history = list(pair.history)
+        pair.replace([])
+        plain = leftovers(pair)
+        if _objective(pair, plain) < best:
+            left, best = plain, _objective(pair, plain)
+        else:
+            pair.replace(history)
     while sweeps < SWEEPS and _relative(left) > CLOSE:
         say("improving", sweeps, SWEEPS)
         history = list(pair.history)

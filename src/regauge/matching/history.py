@@ -35,7 +35,8 @@ def multiplied(last: Element, first: Element) -> Element | None:
         if last.kind in (Kind.ORTHOGONAL, Kind.ORTHOGONAL_ONES):
             product = last.values @ first.values
             return Matrix(product, last.kind, product)
-        assert last.contragredient is not None and first.contragredient is not None
+        assert last.contragredient is not None
+        assert first.contragredient is not None
         dual = last.contragredient @ first.contragredient
         return Matrix(last.values @ first.values, last.kind, dual)
     plain = last.kind in DIAGONAL or isinstance(last, Permutation)

@@ -60,18 +60,18 @@ class Pair:
         self._weights: dict[str, float] = {}
 
     def weight(self, name: str) -> float:
-        """1 / mean square of a parameter, over a and b as they were given; 0 for zeros.
+        """1 / (mean square of a parameter of a, and a hundredth of that of b as given); 0 for zeros.
 
-        Every residual is weighed by it, so that an entry of one parameter counts as much as one of another.
+        Every residual is weighed by it, so that an entry of one parameter counts as much as one of another;
+        one that is all but zero in a does not outweigh the others.
         """
         if name not in self._weights:
             total, count = 0.0, 0
             for rows in self.a.chunks(name):
-                for x in (
-                    self._whole_a(name) if rows is None else self.a.read(name, rows),
-                    self.b.read(self.names[name], rows),
-                ):
-                    total, count = total + float(x.square().sum()), count + x.numel()
+                x = self._whole_a(name) if rows is None else self.a.read(name, rows)
+                y = self.b.read(self.names[name], rows)
+                total += float(x.square().sum()) + 0.01 * float(y.square().sum())
+                count += x.numel()
             self._weights[name] = count / total if total else 0.0
         return self._weights[name]
 

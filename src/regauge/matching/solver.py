@@ -22,7 +22,7 @@ _THIN = 0.2
 
 Tell = Callable[[int, int], None]
 Bundle = tuple[Generator, ...]
-"""Generators that are solved at once: diagonals on one factor that share blocks, or a single other."""
+"""Generators that are solved at once: diagonals on one factor that share blocks, or one other."""
 
 
 @dataclass(frozen=True)
@@ -136,15 +136,15 @@ def _clear(bundle: Bundle, unknown: Unknown) -> list[list[View]]:
 
 def _again(pair: Pair, order: Sequence[Bundle], loose: dict[str, Generator]) -> None:
     """Solve everything a second time, since a rotation was known in part only when the rest was solved."""
-    waiting = list(order)
-    while waiting:
-        bundle = waiting.pop(0)
-        ids = {g.id for g in bundle}
-        others = [b for b in order if b != bundle and any(_depends(x, y) for x in b for y in bundle)]
-        dropped = ids | {g.id for b in others for g in b}
+    pending: list[Bundle] = []
+    for at, bundle in enumerate(order):
+        for later in order[at + 1 :]:
+            if later not in pending and any(_depends(x, y) for x in later for y in bundle):
+                pending.append(later)
+        pending = [other for other in pending if other != bundle]
+        dropped = {g.id for other in (bundle, *pending) for g in other}
         pair.replace([item for item in pair.history if item[0].id not in dropped])
-        waiting += [b for b in others if b not in waiting]
-        _solve(pair, bundle, Unknown([g for b in (bundle, *others) for g in b]), loose)
+        _solve(pair, bundle, Unknown([g for other in (bundle, *pending) for g in other]), loose)
 
 
 def _depends(other: Generator, generator: Generator) -> bool:
