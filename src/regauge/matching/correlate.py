@@ -51,15 +51,18 @@ def products(pair: Pair, generator: Generator, view: View) -> Products | None:
     own_a = torch.zeros(k, p, n, u, u, dtype=torch.float64)
     own_b = own_a.clone()
     features = 0
-    for whole_a, whole_b in pair.chunks(action.parameter):
+    rows = pair.sample(action, held)
+    for whole_a, whole_b in (
+        pair.chunks(action.parameter) if rows is None else pair.ranges(action.parameter, rows)
+    ):
         x, y = (
             view_block(whole, action, held, shape).reshape(k, p, u * n, -1) + action.chart
             for whole in (whole_a, whole_b)
         )
         cross += x @ y.mT
         for own, z in ((own_a, x), (own_b, y)):
-            rows = z.view(k, p, u, n, -1).transpose(2, 3)
-            own += rows @ rows.mT if u > 1 else rows.square().sum(-1, keepdim=True)
+            units = z.view(k, p, u, n, -1).transpose(2, 3)
+            own += units @ units.mT if u > 1 else units.square().sum(-1, keepdim=True)
         features += x.shape[-1]
     return Products(view, cross.view(k, p, u, n, u, n), own_a, own_b, features * u * p)
 

@@ -16,6 +16,13 @@ _KEEP = 24 << 20
 """Entries of either model that are kept in memory: 192 MiB in float64."""
 
 
+SAMPLE = 1 << 14
+"""Rows of a table that are enough to pair units."""
+
+RUN = 1 << 11
+"""Rows that are read together."""
+
+
 class Kept:
     """Latest tensors read, up to a number of entries."""
 
@@ -95,6 +102,21 @@ class Pair:
                 yield self._whole_a(name), self._whole_b(name)
             else:
                 yield self.a.read(name, rows), self.moved(name, rows)
+
+    def ranges(
+        self, name: str, rows: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(a, b moved) of a parameter in the ranges of rows given."""
+        for held in rows:
+            yield self.a.read(name, held), self.moved(name, held)
+
+    def sample(self, action: Action, held: tuple[str, ...]) -> list[tuple[int, int]] | None:
+        """Ranges of rows, evenly over a long table of which every row says as much; None: take all of it."""
+        shape = self.a.shapes[action.parameter]
+        if len(shape) < 2 or shape[0] <= 2 * SAMPLE or _touches_rows(action, held, shape):
+            return None
+        count = SAMPLE // RUN
+        return [(start, start + RUN) for start in (i * (shape[0] - RUN) // (count - 1) for i in range(count))]
 
     def moved(self, name: str, rows: Rows = None) -> torch.Tensor:
         """b's counterpart of a's parameter ``name`` as the history leaves it, float64."""
