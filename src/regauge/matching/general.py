@@ -61,7 +61,7 @@ def descended(pair: Pair, generator: Generator, views: Sequence[View]) -> Elemen
     """A map near the identity that lowers Σ w ‖a − G b‖² + Σ w ‖a − G⁻ᵀ b‖², or None where none is found.
 
     The step X of G = 1 + X solves X (Σ b bᵀ) + (Σ c cᵀ) X = Σ (a − b) bᵀ − Σ c (a − c)ᵀ, with b of the
-    writers and c of the readers: a Sylvester equation, as both sums are symmetric solved in their eigenvectors.
+    writers and c of the readers: a Sylvester equation, solved in the eigenvectors of both sums.
     """
     writers, readers = _sums(pair, generator, views)
     left, right = readers.own_b, writers.own_b

@@ -4,8 +4,8 @@ Diagonals that act on one factor are solved at once: a block may be scaled by se
 only in blocks that others scale too. Block j of unit i is scaled by Π_g s_gi^e_gj. The signs follow from the
 signs of ⟨a, b⟩, by elimination over GF(2). The sizes minimise Σ_j w_j ‖a_j − Π_g |s_g|^e_gj b_j‖²: from
 log‖a‖ = log‖b‖ + Σ_g e_g log|s_g| by least squares, or from one, whichever leaves less, by the method of
-Levenberg and Marquardt. Where a and b are less alike than ``_ALIKE``, they count as that much alike, so that a
-unit of unrelated models is not scaled down to nothing; nor can it grow, since one is always a choice.
+Levenberg and Marquardt. Where a and b are less alike than ``_ALIKE``, they count as that much alike, so that
+a unit of unrelated models is not scaled down to nothing; nor can it grow, since one is always a choice.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ def _rank(bundle: Bundle, unknown: Unknown) -> tuple[float, int] | None:
 
 
 def _determined(generator: Generator, seen: Sequence[View], views: Sequence[View]) -> bool:
-    """Whether writers and readers are clear where there are both, or one of them has a feature for each unit."""
+    """Whether writers and readers are clear where there are both, or one has a feature for each unit."""
 
     def features(among: Sequence[View], sign: int) -> int:
         return sum(_features(v.action, generator) for v in among if v.action.exponent * sign > 0)
