@@ -20,6 +20,7 @@ from regauge.module_model import ModuleModel
 from regauge.moves import State
 from regauge.plan import Rewrite
 from regauge.trace import Trace, untie
+from regauge.vocabulary import Vocabulary, token_axes
 
 Rows = tuple[int, int] | None
 """A range of the first axis, or all of it."""
@@ -44,6 +45,7 @@ class Side:
         plan: how the normal form comes from the model.
         values: parameter name and range of rows -> values of the plan, any dtype.
         null: parameter -> null directions on it.
+        common: whether it holds only the tokens that the other side has, in the order of the first.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Side:
     plan: Rewrite
     values: Reader = field(repr=False)
     null: Mapping[str, tuple[Action, ...]] = field(repr=False)
+    common: bool = False
 
     def read(self, name: str, rows: Rows = None) -> torch.Tensor:
         """A parameter, or rows of it, in float64; null directions are zero. A new contiguous tensor."""
@@ -122,14 +125,33 @@ def side_of_model(model: CheckpointModel, *, structure: bool = True, name: str =
 
 
 @contextmanager
-def open_sides(a: Path, b: Path, *, structure: bool = True) -> Generator[tuple[Side, Side]]:
-    """Both directories in their normal forms; the files are closed at the end."""
+def open_sides(
+    a: Path, b: Path, *, structure: bool = True, vocabulary: Vocabulary | None = None
+) -> Generator[tuple[Side, Side]]:
+    """Both directories in their normal forms; the files are closed at the end.
+
+    Args:
+        a, b: the directories.
+        structure: see :func:`regauge.matching.normal.normal_recipe`.
+        vocabulary: the tokens both have; where these are numbered otherwise, or tables have another
+            length, both sides hold the common tokens only, as a numbers them.
+    """
+    from regauge.matching.tokens import taken
+
     with Checkpoint.open(a) as files_a, Checkpoint.open(b) as files_b:
-        first, second = CheckpointModel.of(a, files_a), CheckpointModel.of(b, files_b)
-        yield (
-            side_of_model(first, structure=structure, name=a.name),
-            side_of_model(second, structure=structure, name=b.name),
+        models = CheckpointModel.of(a, files_a), CheckpointModel.of(b, files_b)
+        first, second = (
+            side_of_model(model, structure=structure, name=path.name)
+            for model, path in zip(models, (a, b), strict=True)
         )
+        axes = token_axes(first.trace, second.trace, vocabulary)
+        if vocabulary is not None and axes is not None:
+            held = zip((first, second), models, axes, (vocabulary.ids_a, vocabulary.ids_b), strict=True)
+            first, second = (
+                replace(taken(side, model.view(side.plan).rows, where.parameters, ids), common=True)
+                for side, model, where, ids in held
+            )
+        yield first, second
 
 
 def _seen(gauge: Gauge) -> Gauge:
