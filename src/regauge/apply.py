@@ -221,9 +221,28 @@ class RewrittenView:
         if 0 not in self.cuts(name) or not len(index):
             return self.read(name)[index]
         breaks = (distinct.diff() != 1).nonzero().flatten() + 1
+        if 4 * len(breaks) > len(distinct):
+            found = self._gathered(self._job(name), distinct)
+            return found if torch.equal(place, torch.arange(len(found))) else found[place]
         runs = distinct.tensor_split(breaks)
         found = torch.cat([self.read_rows(name, int(run[0]), int(run[-1]) + 1) for run in runs])
         return found if torch.equal(place, torch.arange(len(found))) else found[place]
+
+    def _gathered(self, job: Job, index: torch.Tensor) -> torch.Tensor:
+        """Rows far from each other, of a parameter whose axis 0 is free."""
+        chain = self._chain(job)
+
+        def fetch(axis: int | None, start: int, stop: int) -> torch.Tensor:
+            whole = self.source.read(job.origin)
+            return whole if axis is None else whole[index[start:stop]]
+
+        if any(take.axis == 0 for take in chain.front):
+            return self._cut(job, None)[index]
+        block = chain.read(fetch, (0, 0, len(index)))
+        if not job.steps:
+            return block
+        _check_source(self.source, job, block)
+        return chain.run(block, torch.float64)
 
     def cuts(self, name: str) -> tuple[int, ...]:
         """Axes along which a part costs no more than its share."""

@@ -32,7 +32,8 @@ def compare(
     B is moved into A's gauge: heads, neurons and channels in A's order, the
     residual stream in A's basis. What is left over then says how they are
     related; both also run on the same inputs. Names, sharding, dtype, folded
-    norms, untied heads and LayerNorm against RMSNorm make no difference.
+    norms, untied heads and LayerNorm against RMSNorm make no difference; nor
+    does another order of the tokens, where both have a tokenizer's files.
 
     \b
     Exit codes: 0 equivalent, 1 derived or unrelated.

@@ -36,6 +36,22 @@ class Subject:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """Where the two number their tokens differently: what both have in common, which is all that is compared.
+
+    Attributes:
+        common: tokens that both have.
+        renumbered: how many of them have another id.
+        only_a, only_b: tokens that only one of the two has.
+    """
+
+    common: int
+    renumbered: int
+    only_a: int
+    only_b: int
+
+
+@dataclass(frozen=True)
 class Inputs:
     """What both were run on.
 
@@ -48,6 +64,7 @@ class Inputs:
         positions: tokens, or items, compared in all.
         rows: for tables that the inputs index: parameter -> rows looked up and rows in all. What the
             certificate says of other rows rests on every row being treated alike.
+        tokens: the tokens compared, where the two number theirs differently; else None.
     """
 
     source: str
@@ -57,6 +74,7 @@ class Inputs:
     shapes: dict[str, tuple[int, ...]]
     positions: int
     rows: dict[str, tuple[int, int]] = field(default_factory=dict)
+    tokens: Tokens | None = None
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,11 @@ from regauge.certify.certificate import Certificate, Inputs, software
 from regauge.certify.given import digest_inputs, looked_up, text_batches, token_ids
 from regauge.certify.lazy import BLOCK
 from regauge.certify.measure import EXACT, FLOOR_FACTOR, Function, compare_functions, judge
+from regauge.certify.numbering import Numbering
 from regauge.certify.run import held_bytes
 from regauge.certify.sides import (
     ModuleWeights,
+    Side,
     buffers_in,
     check_interface,
     dtype_names,
@@ -28,6 +30,7 @@ from regauge.certify.sides import (
 from regauge.checkpoint import Checkpoint
 from regauge.errors import BadInput
 from regauge.trace import trace
+from regauge.vocabulary import Vocabulary, token_axes
 
 TOKENS = 96
 LENGTH = 48
@@ -49,6 +52,7 @@ def certify(
     weights_b_exact: Callable[[str], torch.Tensor] | None = None,
     stored: bool = True,
     factor: float = FLOOR_FACTOR,
+    vocabulary: Vocabulary | None = None,
 ) -> Certificate:
     """Compare the functions of two Hugging Face directories.
 
@@ -66,6 +70,8 @@ def certify(
             evidence than the stored ones. May offer ``rows``, see :mod:`regauge.certify.lazy`.
         stored: whether to run in the stored dtypes too.
         factor: rounding floors that count as rounding.
+        vocabulary: the tokens both have. Where they are numbered differently, b runs on its own ids of the
+            same tokens, and the logits of the same tokens are compared; ``inputs.tokens`` says so.
 
     Raises:
         BadInput: a directory, model or text that cannot be used; shapes that do not match.
@@ -96,7 +102,8 @@ def certify(
                     way_out="raise max_memory",
                 )
         second = open_side(Path(b), files_b, rows, length, like=first)
-        check_interface(first, second)
+        numbering = _numbering(first, second, vocabulary)
+        check_interface(first, second, by_token=numbering is not None and numbering.by_token)
         shapes = {name: tuple(value.shape) for name, value in first.model.inputs.items()}
         sizes = [math.prod(shapes[name]) for name in ("decoder_input_ids", "input_ids") if name in shapes]
         count = max(1, math.ceil(tokens / sizes[0])) if sizes else ITEMS // rows
@@ -107,9 +114,13 @@ def certify(
                 first.model.real_inputs(batch=rows, length=length, seed=seed + i) for i in range(count)
             ]
         storage = storage_of(first.weights, second.weights)
+        function_a, function_b = first.function, second.function
+        if numbering is not None:
+            batches = numbering.common(batches)
+            function_a, function_b = numbering.first(function_a), numbering.second(function_b)
         evidence = compare_functions(
-            first.function,
-            second.function,
+            function_a,
+            function_b,
             batches,
             exact=weights_b_exact,
             storage=storage,
@@ -134,6 +145,7 @@ def certify(
                 shapes,
                 evidence.positions,
                 looked_up(first.trace, batches),
+                None if numbering is None else numbering.tokens(),
             ),
             evidence=evidence,
             exact_threshold=EXACT,
@@ -142,6 +154,12 @@ def certify(
             floor_seed=seed,
             software=software(),
         )
+
+
+def _numbering(first: Side, second: Side, vocabulary: Vocabulary | None) -> Numbering | None:
+    """How to run both on the same tokens; None where both number them alike."""
+    axes = None if vocabulary is None else token_axes(first.trace, second.trace, vocabulary)
+    return None if axes is None or vocabulary is None else Numbering(vocabulary, *axes)
 
 
 def certify_modules(

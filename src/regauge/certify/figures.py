@@ -79,6 +79,10 @@ class Held:
     def columns(self, start: int, stop: int) -> torch.Tensor:
         return self.tensor.reshape(-1, self.shape[-1] if self.shape else 1)[:, start:stop]
 
+    def at(self, index: torch.Tensor) -> torch.Tensor:
+        """The columns ``index``, int64."""
+        return self.columns(0, self.shape[-1])[:, index]
+
 
 class Distance:
     """Figures of one function against the reference, summed over inputs."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
@@ -60,11 +60,21 @@ class Function:
         trace: the graph.
         weights: canonical name -> tensor; may offer ``rows``, see :mod:`regauge.certify.lazy`.
         buffers: buffer name -> tensor.
+        given: what it is run on where it takes other inputs than the reference; default the same.
+        pick: what is compared of an output; default all of it.
     """
 
     trace: Trace
     weights: Weights | Callable[[str], torch.Tensor]
     buffers: Mapping[str, torch.Tensor]
+    given: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    pick: Callable[[Output], Output] | None = None
+
+    def outputs(self, batch: Mapping[str, Any], dtype: Any, block: int) -> tuple[Output, ...]:
+        """See :func:`regauge.certify.run.run_in_parts`."""
+        batch = batch if self.given is None else self.given(batch)
+        found = run_in_parts(self.trace, self.weights, self.buffers, batch, dtype=dtype, block=block)
+        return found if self.pick is None else tuple(map(self.pick, found))
 
 
 @dataclass(frozen=True)
@@ -130,17 +140,16 @@ def compare_functions(
         BadInput: no inputs, or the outputs differ in number or shape.
     """
     rounded = [
-        Function(a.trace, Rerounded(a.weights, storage, seed + draw), floor_buffers or a.buffers)
+        replace(a, weights=Rerounded(a.weights, storage, seed + draw), buffers=floor_buffers or a.buffers)
         for draw in range(_draws(a.trace))
     ]
-    unrounded = None if exact is None else Function(b.trace, exact, exact_buffers or b.buffers)
+    unrounded = None if exact is None else replace(b, weights=exact, buffers=exact_buffers or b.buffers)
     sums = {key: Distance(logits) for key in ("exact", "float64", "floor", "stored", "stored_floor")}
     positions = 0
     for batch in inputs:
 
         def outputs(function: Function, dtype: Any, batch: Any = batch) -> tuple[Output, ...]:
-            weights, buffers = function.weights, function.buffers
-            return run_in_parts(function.trace, weights, buffers, batch, dtype=dtype, block=block)
+            return function.outputs(batch, dtype, block)
 
         reference = outputs(a, torch.float64)
         positions += _positions(reference, logits)
@@ -164,8 +173,7 @@ def compare_functions(
         weights = [b.weights, *(Rerounded(b.weights, None, seed + draw) for draw in range(_draws(b.trace)))]
         for batch in inputs:
             first, *others = (
-                run_in_parts(b.trace, held, b.buffers, batch, dtype=torch.float64, block=block)
-                for held in weights
+                replace(b, weights=held).outputs(batch, torch.float64, block) for held in weights
             )
             compare(first, [(own, other) for other in others])
     return FunctionEvidence(

@@ -73,6 +73,12 @@ class Product:
                 part = part + self.bias[start:stop]
             return self.then(part)
 
+    def at(self, index: torch.Tensor) -> torch.Tensor:
+        """The columns ``index``, int64: only these rows of the weight are read."""
+        with torch.no_grad():
+            part = torch.matmul(self.x.reshape(-1, self.x.shape[-1]), self.weight.rows(index).t())
+            return self.then(part if self.bias is None else part + self.bias[index])
+
 
 def tails(trace: Trace) -> dict[fx.Node, tuple[fx.Node, ...]]:
     """Products that lead to one output and to nothing else, with the entrywise operations in between."""

@@ -175,10 +175,11 @@ def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
     return ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes}))
 
 
-def check_interface(first: Side, second: Side) -> None:
+def check_interface(first: Side, second: Side, *, by_token: bool = False) -> None:
+    """Both take and give the same shapes; ``by_token``: the last axis of an output is paired otherwise."""
     for what, x, y in (
         ("inputs", _shapes(first.model.inputs), _shapes(second.model.inputs)),
-        ("outputs", _shapes(_values(first.trace)), _shapes(_values(second.trace))),
+        ("outputs", _shapes(_values(first.trace), by_token), _shapes(_values(second.trace), by_token)),
     ):
         if x != y:
             raise BadInput(f"the two models have different {what}", expected=str(x), found=str(y))
@@ -188,8 +189,8 @@ def _values(traced: Trace) -> dict[str, torch.Tensor]:
     return {str(index): node.meta["val"] for index, node in enumerate(traced.outputs)}
 
 
-def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+def _shapes(tensors: Mapping[str, torch.Tensor], leading: bool = False) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape[:-1] if leading else tensor.shape) for name, tensor in tensors.items()}
 
 
 def trace_function(model: HFModel) -> tuple[Trace, bool]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,12 +12,13 @@ from regauge.atlas import Kind
 from regauge.certify import Certificate, Verdict, certify
 from regauge.comparing.calibration import Calibration, calibration
 from regauge.comparing.changes import changes_of
-from regauge.comparing.comparison import Comparison, Moved, Relation
+from regauge.comparing.comparison import Change, Comparison, Moved, Relation, Renumbering
 from regauge.elements import DIAGONAL, Diagonal, Element, Permutation
 from regauge.errors import BadInput, Refused
 from regauge.matching import Alignment, align_sides
 from regauge.matching.sides import open_sides
 from regauge.sources import resolve
+from regauge.vocabulary import Vocabulary, shared_vocabulary
 
 Tell = Callable[[str, int, int], None]
 
@@ -57,8 +58,10 @@ def compare(
     tell("tracing", 0, 1)
     alignment, refused, changes = None, None, ()
     known = calibration()
+    shared, common = shared_vocabulary(path_a, path_b), False
     try:
-        with open_sides(path_a, path_b) as (first, second):
+        with open_sides(path_a, path_b, vocabulary=shared) as (first, second):
+            common = first.common
             alignment, pair = align_sides(first, second, tell)
             if alignment.similarity >= known.threshold:
                 changes = changes_of(alignment, pair, path_b)
@@ -69,14 +72,16 @@ def compare(
     tell("running both", 0, 1)
     certificate, unlike = None, None
     try:
-        certificate = certify(path_a, path_b, text=text, seed=seed, max_memory=max_memory)
+        certificate = certify(path_a, path_b, text=text, seed=seed, max_memory=max_memory, vocabulary=shared)
     except BadInput as error:
         unlike = error
     seconds["certify"] = round(time.perf_counter() - start, 3)
     if alignment is None and certificate is None:
         assert refused is not None
         raise refused from unlike
-    relation, reason = _judge(alignment, certificate, known)
+    common = common or (certificate is not None and certificate.inputs.tokens is not None)
+    numbering = None if shared is None else _renumbered(shared, common)
+    relation, reason = _judge(alignment, certificate, known, numbering)
     equivalent = relation in (Relation.EQUIVALENT, Relation.WITHIN_ROUNDING)
     return Comparison(
         relation=relation,
@@ -88,20 +93,26 @@ def compare(
         false_positive=known.false_positive,
         relative=None if alignment is None else alignment.relative,
         gauge=() if alignment is None else _moved(alignment),
-        changes=() if equivalent else changes,
+        changes=() if equivalent else (*_tokens_changed(numbering), *changes),
         tensors=() if alignment is None else alignment.tensors,
         only_a=() if alignment is None else alignment.only_a,
         only_b=() if alignment is None else alignment.only_b,
         not_aligned=None if refused is None else refused.message,
         certificate=certificate,
+        vocabulary=numbering,
         seconds=seconds,
     )
 
 
 def _judge(
-    alignment: Alignment | None, certificate: Certificate | None, known: Calibration
+    alignment: Alignment | None,
+    certificate: Certificate | None,
+    known: Calibration,
+    numbering: Renumbering | None,
 ) -> tuple[Relation, str]:
     if certificate is not None and certificate.passed:
+        if numbering is not None and numbering.common and (numbering.only_a or numbering.only_b):
+            return Relation.DERIVED, f"on the tokens that both have: {certificate.reason}"
         exact = certificate.verdict is Verdict.EQUIVALENT
         return Relation.EQUIVALENT if exact else Relation.WITHIN_ROUNDING, certificate.reason
     if alignment is None:
@@ -111,6 +122,20 @@ def _judge(
         why = "" if certificate is None else f"; as functions they differ: {certificate.reason}"
         return Relation.DERIVED, f"{figure}, unrelated models stay below {known.threshold:.3f}{why}"
     return Relation.UNRELATED, f"{figure}, derived models are above {known.threshold:.3f}"
+
+
+def _renumbered(shared: Vocabulary, common: bool) -> Renumbering | None:
+    """What is said of the tokens: nothing where both number them alike."""
+    if not common and shared.alike and not shared.renumbered:
+        return None
+    return Renumbering(shared.shared, shared.renumbered, shared.only_a, shared.only_b, common)
+
+
+def _tokens_changed(numbering: Renumbering | None) -> Iterator[Change]:
+    if numbering is not None and numbering.common and (numbering.only_a or numbering.only_b):
+        yield Change(
+            "tokens added or removed", f"{numbering.only_a:,} only in a, {numbering.only_b:,} only in b"
+        )
 
 
 def _moved(alignment: Alignment) -> tuple[Moved, ...]:

@@ -49,6 +49,25 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Renumbering:
+    """The tokens of two tokenizers that do not number them alike.
+
+    Attributes:
+        tokens: how many both have.
+        renumbered: how many of these have another id.
+        only_a, only_b: tokens that only one of the two has.
+        common: whether the models were compared on the common tokens, in the order of a. They are not where
+            fewer than half of the tokens are common, or where no table has a row for each of them.
+    """
+
+    tokens: int
+    renumbered: int
+    only_a: int
+    only_b: int
+    common: bool
+
+
+@dataclass(frozen=True)
 class Comparison:
     """The relation of b to a.
 
@@ -67,6 +86,7 @@ class Comparison:
         not_aligned: why there is no alignment.
         certificate: both run on the same inputs; None where their inputs or outputs differ.
         seconds: time by stage.
+        vocabulary: where tokens are numbered differently; None where they are not, or are not known.
     """
 
     relation: Relation
@@ -85,6 +105,7 @@ class Comparison:
     not_aligned: str | None
     certificate: Certificate | None
     seconds: Mapping[str, float]
+    vocabulary: Renumbering | None = None
     version: int = COMPARISON_VERSION
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from regauge.comparing.comparison import Comparison, Relation
+from regauge.comparing.comparison import Comparison, Relation, Renumbering
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -44,6 +44,8 @@ def render(found: Comparison) -> RenderableType:
     ]
     for change in found.changes:
         parts.append(Text.assemble("  ", (change.kind, "bold"), f": {change.evidence}"))
+    if found.vocabulary is not None:
+        parts.append(Text(_vocabulary(found.vocabulary), style="dim"))
     if found.similarity is None:
         parts.append(Text(f"not aligned: {found.not_aligned}", style="dim"))
     else:
@@ -66,3 +68,10 @@ def render(found: Comparison) -> RenderableType:
     if found.certificate is not None:
         parts += [Text(), certificate_view(found.certificate)]
     return Group(*parts)
+
+
+def _vocabulary(found: Renumbering) -> str:
+    line = f"vocabulary: {found.tokens:,} tokens, {found.renumbered:,} renumbered"
+    alone = [f"{n:,} only in {name}" for name, n in (("a", found.only_a), ("b", found.only_b)) if n]
+    line = ", ".join([line, *alone])
+    return line if found.common else f"{line}; rows are compared by their ids"

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from regauge.atlas import Action, Atlas, Factor, Generator, Kind, Part
-from regauge.matching.sides import Rows, Side
+from regauge.matching.sides import Reader, Rows, Side
 
 
 def padded_alike(a: Side, b: Side, names: Mapping[str, str]) -> tuple[Side, Side]:
@@ -62,6 +62,20 @@ def _padded(side: Side, sizes: Mapping[str, int], units: Mapping[tuple[str, int]
         out[tuple(slice(0, size) for size in value.shape)] = value
         return out if rows is None else out[rows[0] : rows[1]]
 
+    return with_sizes(side, sizes, shapes, values)
+
+
+def with_sizes(
+    side: Side, sizes: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], values: Reader
+) -> Side:
+    """A side that holds other values, with factors of other sizes.
+
+    Args:
+        side: a side.
+        sizes: factor of its atlas -> size.
+        shapes: parameter -> shape.
+        values: the values.
+    """
     null = {name: tuple(_action(action, sizes) for action in actions) for name, actions in side.null.items()}
     generators = tuple(_generator(generator, sizes) for generator in side.atlas.generators)
     atlas: Atlas = replace(side.atlas, generators=generators)

@@ -20,6 +20,7 @@ from regauge.module_model import ModuleModel
 from regauge.moves import State
 from regauge.plan import Rewrite
 from regauge.trace import Trace, untie
+from regauge.vocabulary import Vocabulary, token_axes
 
 Rows = tuple[int, int] | None
 """A range of the first axis, or all of it."""
@@ -46,6 +47,7 @@ class Side:
         null: parameter -> null directions on it.
         state: how far the moves of the plan have come.
         gauge: atlases of the model in its normal form.
+        common: whether it holds only the tokens that the other side has, in the order of the first.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Side:
     null: Mapping[str, tuple[Action, ...]] = field(repr=False)
     state: State = field(repr=False)
     gauge: Gauge = field(repr=False)
+    common: bool = False
 
     def read(self, name: str, rows: Rows = None) -> torch.Tensor:
         """A parameter, or rows of it, in float64; null directions are zero. A new contiguous tensor."""
@@ -129,10 +132,26 @@ def side_of_model(
 
 
 @contextmanager
-def open_sides(a: Path, b: Path) -> Generator[tuple[Side, Side]]:
-    """Both directories in their normal forms; the files are closed at the end."""
-    with open_models(a, b) as (first, second):
-        yield sides_of(first, second, (a.name, b.name))
+def open_sides(a: Path, b: Path, *, vocabulary: Vocabulary | None = None) -> Generator[tuple[Side, Side]]:
+    """Both directories in their normal forms; the files are closed at the end.
+
+    Args:
+        a, b: the directories.
+        vocabulary: the tokens both have; where these are numbered otherwise, or tables have another
+            length, both sides hold the common tokens only, as a numbers them.
+    """
+    from regauge.matching.tokens import taken
+
+    with open_models(a, b) as models:
+        first, second = sides_of(*models, (a.name, b.name))
+        axes = token_axes(first.trace, second.trace, vocabulary)
+        if vocabulary is not None and axes is not None:
+            held = zip((first, second), models, axes, (vocabulary.ids_a, vocabulary.ids_b), strict=True)
+            first, second = (
+                replace(taken(side, model.view(side.plan).rows, where.parameters, ids), common=True)
+                for side, model, where, ids in held
+            )
+        yield first, second
 
 
 @contextmanager
