@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from regauge.cli_compare import compare
+from regauge.cli_compare import align, compare
 from regauge.cli_equivalence import (
     DocumentRule,
     Labels,
@@ -174,6 +174,7 @@ app.command()(fold)
 app.command()(lr)
 app.command()(compare)
 app.command()(merge)
+app.command()(align)
 app.add_typer(lab)
 app.command()(fingerprint)
 app.add_typer(index)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def rewrite(
     if dtype is None and recipe.dtype is not None:
         dtype = getattr(torch, recipe.dtype)
     tell: Progress = progress or (lambda what, done, total: None)
-    clock = _Clock()
+    clock = Clock()
     path, target = resolve(source), Path(out)
     with Checkpoint.open(path) as files:
         tell("tracing", 0, 1)
@@ -98,73 +98,116 @@ def rewrite(
         plan, _, _ = model.plan(
             recipe, seed, lambda name: tell(f"planning {name}", next(count), len(recipe.moves))
         )
-        source_config = model.config
-        names = model.names_after(plan)
-        view = RewrittenView(files, plan, names)
         clock.lap("plan")
-        config = model.changes(plan)
-        if dtype is not None:
-            old = "torch_dtype" in source_config
-            config |= dict.fromkeys(("dtype", "torch_dtype")[: 1 + old], str(dtype).removeprefix("torch."))
-        key = _digest(
-            files.stamp(), plan.recipe, _files_named(recipe), seed, str(dtype), max_memory, software()
-        )
-        with StagedOutput(
+        return carry_out(
+            model,
+            plan,
+            path,
             target,
-            files,
-            key=key,
-            copies=tensor_copies(files, plan, names),
-            made=tensor_made(files, plan, names),
-            drops=tensor_drops(files, plan, names),
+            key=_files_named(recipe),
             dtype=dtype,
-            config=config,
-            files=_code({**source_config, **config}),
-        ) as staged:
-            try:
-                total = staged.size_bytes
-                so_far = 0
+            seed=seed,
+            max_memory=max_memory,
+            text=text,
+            tell=tell,
+            clock=clock,
+            cuts=cuts,
+        )
 
-                def wrote(n: int) -> None:
-                    nonlocal so_far
-                    so_far += n
-                    tell("writing", so_far, total)
 
-                report = apply_rewrite(
-                    files, plan, staged, names=names, max_memory=max_memory, dtype=dtype, progress=wrote
+def carry_out(
+    model: CheckpointModel,
+    plan: Rewrite,
+    path: Path,
+    target: Path,
+    *,
+    key: Sequence[str],
+    dtype: torch.dtype | None,
+    seed: int,
+    max_memory: int | None,
+    text: str | Path | None,
+    tell: Progress,
+    clock: Clock,
+    cuts: Sequence[str] = (),
+) -> RewriteResult:
+    """Write what a plan makes of an open checkpoint, certify it, and only then let it appear at ``target``.
+
+    Args:
+        model: the open checkpoint.
+        plan: what to do.
+        path: its directory.
+        target: directory that does not exist yet.
+        key: what else decides the result, for resuming.
+        dtype, seed, max_memory, text, tell: as :func:`rewrite`.
+        clock: measures the stages.
+        cuts: the cuts in the plan, if there are any.
+
+    Raises:
+        NotEquivalent, Refused, BadInput, CheckpointError: as :func:`rewrite`.
+    """
+    files, source_config = model.files, model.config
+    names = model.names_after(plan)
+    view = RewrittenView(files, plan, names)
+    config = model.changes(plan)
+    if dtype is not None:
+        old = "torch_dtype" in source_config
+        config |= dict.fromkeys(("dtype", "torch_dtype")[: 1 + old], str(dtype).removeprefix("torch."))
+    with StagedOutput(
+        target,
+        files,
+        key=_digest(files.stamp(), plan.recipe, key, seed, str(dtype), max_memory, software()),
+        copies=tensor_copies(files, plan, names),
+        made=tensor_made(files, plan, names),
+        drops=tensor_drops(files, plan, names),
+        dtype=dtype,
+        config=config,
+        files=_code({**source_config, **config}),
+    ) as staged:
+        try:
+            total = staged.size_bytes
+            so_far = 0
+
+            def wrote(n: int) -> None:
+                nonlocal so_far
+                so_far += n
+                tell("writing", so_far, total)
+
+            report = apply_rewrite(
+                files, plan, staged, names=names, max_memory=max_memory, dtype=dtype, progress=wrote
+            )
+            clock.lap("write")
+            tell("checking what was written", 0, 1)
+            with Checkpoint.open(staged.directory) as result:
+                written = check_written(result, view, plan, names)
+            clock.lap("check")
+            tell("certifying", 0, 1)
+            certificate = certify(
+                path,
+                staged.directory,
+                text=text,
+                seed=seed,
+                max_memory=max_memory,
+                weights_b_exact=view,
+            )
+            certificate = replace(certificate, b=replace(certificate.b, name=target.name))
+            clock.lap("certify")
+            if cuts:
+                certificate = measured(certificate, cuts)
+            elif not certificate.passed:
+                raise NotEquivalent(
+                    f"the certificate failed: {certificate.reason}",
+                    expected="equivalent",
+                    found=str(certificate.verdict),
+                    way_out="unless the output overflows this is a fault in regauge: report the recipe",
                 )
-                clock.lap("write")
-                tell("checking what was written", 0, 1)
-                with Checkpoint.open(staged.directory) as result:
-                    written = check_written(result, view, plan, names)
-                clock.lap("check")
-                tell("certifying", 0, 1)
-                certificate = certify(
-                    path,
-                    staged.directory,
-                    text=text,
-                    seed=seed,
-                    max_memory=max_memory,
-                    weights_b_exact=view,
-                )
-                certificate = replace(certificate, b=replace(certificate.b, name=target.name))
-                clock.lap("certify")
-                if cuts:
-                    certificate = measured(certificate, cuts)
-                elif not certificate.passed:
-                    raise NotEquivalent(
-                        f"the certificate failed: {certificate.reason}",
-                        expected="equivalent",
-                        found=str(certificate.verdict),
-                        way_out="unless the output overflows this is a fault in regauge: report the recipe",
-                    )
-                manifest = _manifest(plan, seed, files, staged, written, certificate, clock.seconds)
-                if cuts:
-                    manifest["cuts"] = list(cuts)
-                staged.commit(manifest)
-            except RegaugeError:
-                staged.discard()
-                raise
-            clock.lap("commit")
+            manifest = _manifest(plan, seed, files, staged, written, certificate, clock.seconds)
+            if cuts:
+                manifest["cuts"] = list(cuts)
+            staged.commit(manifest)
+        except RegaugeError:
+            staged.discard()
+            raise
+        clock.lap("commit")
     return RewriteResult(certificate, report, manifest, clock.seconds, plan)
 
 
@@ -176,7 +219,9 @@ def _code(config: Mapping[str, Any]) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in paths}
 
 
-class _Clock:
+class Clock:
+    """Seconds by stage."""
+
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()

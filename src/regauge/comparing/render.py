@@ -9,6 +9,8 @@ from regauge.comparing.comparison import Comparison, Relation
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from regauge.comparing.align import AlignResult
+
 _COLOURS = {
     Relation.EQUIVALENT: "green",
     Relation.WITHIN_ROUNDING: "green",
@@ -16,6 +18,17 @@ _COLOURS = {
     Relation.UNRELATED: "red",
 }
 _WORST = 5
+
+
+def alignment_view(found: AlignResult, out: str) -> RenderableType:
+    """How near the aligned model is, and the certificate that it is the same function."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from regauge.certify import render as certificate_view
+
+    line = f"{out}: similarity {found.alignment.similarity:.6f}, ‖a − b‖ = {found.alignment.relative:.2e} ‖a‖"
+    return Group(Text(line), Text(), certificate_view(found.result.certificate))
 
 
 def render(found: Comparison) -> RenderableType:

@@ -60,6 +60,7 @@ class Alignment:
         unsolved: generators that nothing determines.
         different: generators that only one of the models has.
         sweeps: how often all generators were solved.
+        idle: parameter of a -> parameter of b, for vectors of which one does nothing.
     """
 
     names: Mapping[str, str]
@@ -70,6 +71,7 @@ class Alignment:
     unsolved: tuple[Generator, ...] = ()
     different: int = 0
     sweeps: int = 1
+    idle: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def relative(self) -> float:
@@ -227,4 +229,5 @@ def _alignment(
         solved.unsolved,
         different,
         sweeps,
+        found.idle,
     )

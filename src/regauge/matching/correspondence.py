@@ -7,7 +7,7 @@ operation is and which argument the parameter is. The longest common run of uses
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 
 from torch import fx
@@ -32,11 +32,13 @@ class Correspondence:
     Attributes:
         names: parameter of a -> parameter of b.
         only_a, only_b: parameters without a counterpart.
+        idle: pairs of vectors of which one does nothing: zeros, or ones.
     """
 
     names: Mapping[str, str]
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
+    idle: Mapping[str, str] = field(default_factory=dict)
 
 
 def correspond(a: Side, b: Side) -> Correspondence:
@@ -63,7 +65,9 @@ def correspond(a: Side, b: Side) -> Correspondence:
             found=f"{sum(name in names for name in matrices)} of them in {b.name}",
             way_out="compare models of one family, or compare their functions: regauge certify",
         )
-    return Correspondence(names, only_a, only_b)
+    every = _paired(_uses(a.trace, frozenset(), True), _uses(b.trace, frozenset(), True))
+    idle = {n: o for n, o in every.items() if n not in names and o not in taken}
+    return Correspondence(names, only_a, only_b, idle)
 
 
 def _paired(uses_a: Sequence[Use], uses_b: Sequence[Use]) -> dict[str, str]:

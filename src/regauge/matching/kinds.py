@@ -50,6 +50,15 @@ class Projection(Element):
         raise RegaugeError("a partial isometry has no inverse")
 
 
+def completed(element: Element) -> Element:
+    """A group element that agrees with a :class:`Projection` where it is determined; others as they are."""
+    if not isinstance(element, Projection):
+        return element
+    u, _, vh = torch.linalg.svd(element.data)
+    q = u @ vh
+    return Matrix(q, Kind.ORTHOGONAL, q)
+
+
 def solve(pair: Pair, generator: Generator, views: Sequence[View]) -> Element:
     """The best element for what ``views`` show; see :class:`Projection` for one that is not determined."""
     kind = generator.kind
@@ -194,7 +203,7 @@ def _general(pair: Pair, generator: Generator, views: Sequence[View]) -> Element
     u, _, vh = torch.linalg.svd(both)
     turn = u @ vh
     forward = back_a @ turn @ t_b
-    return Matrix(forward, Kind.GENERAL_LINEAR, t_a @ turn @ back_b)
+    return Matrix(forward, Kind.GENERAL_LINEAR)
 
 
 def _balancing(writers: torch.Tensor, readers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,6 @@ from regauge.blocks import view_block
 from regauge.recipe import MoveSpec, Recipe
 
 _STEPS: tuple[tuple[str, Mapping[str, str]], ...] = (
-    ("untie", {}),
     ("fold-batchnorm", {}),
     ("collapse", {}),
     ("fold-layer-scale", {}),
@@ -25,14 +24,19 @@ _STEPS: tuple[tuple[str, Mapping[str, str]], ...] = (
     ("drop-key-bias", {}),
 )
 
+_STRUCTURAL = ("fold-batchnorm", "collapse")
 
-def normal_recipe(*, structure: bool) -> Recipe:
+
+def normal_recipe(*, structure: bool, untie: bool = True) -> Recipe:
     """The moves that bring a model to its normal form; each is left out where it does not exist.
 
     Args:
         structure: whether moves may replace modules, so that a LayerNorm becomes an RMSNorm.
+        untie: whether tied parameters get values of their own.
     """
-    steps = [(name, dict(options)) for name, options in _STEPS if structure or name not in ("collapse",)]
+    steps: list[tuple[str, dict[str, str]]] = [("untie", {})] if untie else []
+    kept = [step for step in _STEPS if structure or step[0] not in _STRUCTURAL]
+    steps += [(name, dict(options)) for name, options in kept]
     steps += [("center", {"norm": "rms"})] if structure else []
     steps += [("center", {})]
     return Recipe(moves=tuple(MoveSpec(name=name, options=options, optional=True) for name, options in steps))

@@ -44,6 +44,8 @@ class Side:
         plan: how the normal form comes from the model.
         values: parameter name and range of rows -> values of the plan, any dtype.
         null: parameter -> null directions on it.
+        state: how far the moves of the plan have come.
+        gauge: atlases of the model in its normal form.
     """
 
     name: str
@@ -53,6 +55,8 @@ class Side:
     plan: Rewrite
     values: Reader = field(repr=False)
     null: Mapping[str, tuple[Action, ...]] = field(repr=False)
+    state: State = field(repr=False)
+    gauge: Gauge = field(repr=False)
 
     def read(self, name: str, rows: Rows = None) -> torch.Tensor:
         """A parameter, or rows of it, in float64; null directions are zero. A new contiguous tensor."""
@@ -109,10 +113,13 @@ def side_of_module(model: ModuleModel, *, structure: bool = True, name: str = "m
     return _side(name, plan, state, gauge, values)
 
 
-def side_of_model(model: CheckpointModel, *, structure: bool = True, name: str = "checkpoint") -> Side:
+def side_of_model(
+    model: CheckpointModel, *, structure: bool = True, untie: bool = True, name: str = "checkpoint"
+) -> Side:
     """The normal form of an open checkpoint; weights are streamed when they are read."""
-    model = replace(model, gauge=_seen(model.gauge))
-    plan, state, gauge = _planned(lambda: model.plan(normal_recipe(structure=structure), 0), model.gauge)
+    model = replace(model, gauge=_seen(model.gauge)) if structure else model
+    recipe = normal_recipe(structure=structure, untie=untie)
+    plan, state, gauge = _planned(lambda: model.plan(recipe, 0), model.gauge)
     view = model.view(plan)
 
     def values(parameter: str, rows: Rows = None) -> torch.Tensor:
@@ -122,14 +129,29 @@ def side_of_model(model: CheckpointModel, *, structure: bool = True, name: str =
 
 
 @contextmanager
-def open_sides(a: Path, b: Path, *, structure: bool = True) -> Generator[tuple[Side, Side]]:
+def open_sides(a: Path, b: Path) -> Generator[tuple[Side, Side]]:
     """Both directories in their normal forms; the files are closed at the end."""
+    with open_models(a, b) as (first, second):
+        yield sides_of(first, second, (a.name, b.name))
+
+
+@contextmanager
+def open_models(a: Path, b: Path) -> Generator[tuple[CheckpointModel, CheckpointModel]]:
+    """Both directories, open and traced."""
     with Checkpoint.open(a) as files_a, Checkpoint.open(b) as files_b:
-        first, second = CheckpointModel.of(a, files_a), CheckpointModel.of(b, files_b)
-        yield (
-            side_of_model(first, structure=structure, name=a.name),
-            side_of_model(second, structure=structure, name=b.name),
-        )
+        yield CheckpointModel.of(a, files_a), CheckpointModel.of(b, files_b)
+
+
+def sides_of(
+    a: CheckpointModel, b: CheckpointModel, names: tuple[str, str], *, structure: bool = True
+) -> tuple[Side, Side]:
+    """The normal forms of two models. What both tie alike stays tied."""
+    tied = [sorted(len(group) for group in model.gauge.tied) for model in (a, b)]
+    untie = tied[0] != tied[1]
+    return (
+        side_of_model(a, structure=structure, untie=untie, name=names[0]),
+        side_of_model(b, structure=structure, untie=untie, name=names[1]),
+    )
 
 
 def _seen(gauge: Gauge) -> Gauge:
@@ -151,4 +173,4 @@ def _planned(plan: Callable[[], tuple[Rewrite, State, Gauge]], gauge: Gauge) -> 
 def _side(name: str, plan: Rewrite, state: State, gauge: Gauge, values: Reader) -> Side:
     atlas = gauge.atlas(untied=state.untied, folded=state.folded)
     traced = untie(gauge.trace) if state.untied else gauge.trace
-    return Side(name, traced, atlas, dict(traced.shapes), plan, values, null_actions(atlas))
+    return Side(name, traced, atlas, dict(traced.shapes), plan, values, null_actions(atlas), state, gauge)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from regauge.errors import BadInput
@@ -98,18 +98,16 @@ def _curve(key: str, points: Sequence[tuple[float, float]]) -> list[Markup]:
     return [h("path", d=path, class_=f"line {key}"), *marks]
 
 
-def _peak(losses: Sequence[float], y: object) -> tuple[int, float]:
-    """Where a label stands: the place in the middle half with the largest loss, and its height."""
-    assert callable(y)
+def _peak(losses: Sequence[float], y: Callable[[float], float]) -> tuple[int, float]:
+    """Where a label stands: above the largest loss of the middle half."""
     n = len(losses)
     inner = [i for i in range(n // 4, n - n // 4) if math.isfinite(losses[i])] or [0]
     at = max(inner, key=lambda i: losses[i])
     return at, float(y(losses[at])) if math.isfinite(losses[at]) else float(_TOP)
 
 
-def _labels(items: Sequence[tuple[str, str, tuple[int, float]]], x: object) -> list[Markup]:
+def _labels(items: Sequence[tuple[str, str, tuple[int, float]]], x: Callable[[float], float]) -> list[Markup]:
     """Names beside the curves, above each other with a gap."""
-    assert callable(x)
     found: list[Markup] = []
     last = math.inf
     for key, label, (_, height) in sorted(items, key=lambda item: -item[2][1]):

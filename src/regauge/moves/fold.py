@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from regauge.act import read_block
-from regauge.atlas import Action, Generator, Kind
+from regauge.atlas import Action, Atlas, Generator, Kind
 from regauge.elements import Diagonal
 from regauge.errors import Refused
 from regauge.moves.base import Builder, Change, Move, Option, Preserves, Scene, State
@@ -34,16 +34,21 @@ def plan_fold_scales(scene: Scene, options: Mapping[str, Any]) -> Change:
         )
     builder = Builder(scene)
     for gain in gains:
-        for generator in _generators_of(scene, gain):
+        for generator in scales_of(scene.atlas, gain):
             fold_gain(builder, generator, gain)
     state = State(scene.state.untied, scene.state.folded | set(gains))
     return builder.change(state=state)
 
 
-def _generators_of(scene: Scene, gain: str) -> list[Generator]:
+def scales_of(atlas: Atlas, gain: str) -> list[Generator]:
+    """Generators that scale every entry of a gain by a number of its own.
+
+    Raises:
+        Refused: there is none.
+    """
     found = [
         g
-        for g in scene.atlas.generators
+        for g in atlas.generators
         if g.kind in (Kind.SCALE, Kind.POSITIVE)
         and any(a.parameter == gain and abs(a.exponent) == 1 and spans(a, g) for a in g.actions)
     ]
