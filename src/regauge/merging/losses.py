@@ -51,7 +51,8 @@ class Scorer:
         seed: int = 0,
         max_memory: int | None = None,
     ) -> None:
-        self.documents = cut(read_text(text), length)
+        self._text = read_text(text)
+        self.documents = cut(self._text, length)
         self.tokenizer: Any = tokenizer_of(directory)
         self.memory = max_memory or MEMORY
         self._ask = {"tokens": tokens, "seed": seed}
@@ -121,6 +122,7 @@ class Scorer:
             if model.shape[1] >= rows.length:
                 break
             self._length, self._rows = model.shape[1], None
+            self.documents = cut(self._text, self._length)
         if model.measure is not Measure.LOSS:
             raise Refused(
                 f"{directory.name} has no loss per token",
