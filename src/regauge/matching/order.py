@@ -72,8 +72,9 @@ class Unknown:
                     continue
                 here = (act.axis, act.acting)
                 diagonal = other.kind in DIAGONAL
-                if axis_of(action, act.acting) < 0 and other.size == 1:  # one sign for the whole block
-                    scaled = max(scaled, 1)
+                if axis_of(action, act.acting) < 0 and other.size == 1:
+                    # One sign for the whole block, which every group but permutations contains.
+                    scaled = max(scaled, 1 if generator.kind is Kind.PERMUTATION else 0)
                     continue
                 if here == own:
                     if diagonal and generator.kind not in DIAGONAL:
