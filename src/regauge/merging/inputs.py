@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from regauge.checkpoint import Checkpoint
+import torch
+
+from regauge.checkpoint import Checkpoint, all_finite
 from regauge.equivalence.models import set_dtype
 from regauge.errors import BadInput, CheckpointError, Refused
 from regauge.hf import load_config, load_meta
@@ -16,7 +18,17 @@ from regauge.trace import Trace, trace
 Tell = Callable[[str, int, int], None]
 """Called with (what is being done, done, total)."""
 
+ENTRIES = 1 << 20
+"""Entries of a block: 8 MiB of each model in float64."""
+
 _SHOWN = 4
+
+
+def check_pair(first: Path, other: Path) -> None:
+    """Refuse two directories with other tensors, or with other operations on them; see below."""
+    with Checkpoint.open(first) as a, Checkpoint.open(other) as b:
+        check_same_tensors(a, b)
+    check_alike(first, other)
 
 
 def check_same_tensors(first: Checkpoint, other: Checkpoint) -> None:
@@ -101,6 +113,27 @@ def check_alike(a: Path, b: Path) -> None:
         found=_short(second, place),
         way_out="merge models with the same configuration",
     )
+
+
+def rows_of(files: Sequence[Checkpoint], name: str) -> Iterator[list[torch.Tensor]]:
+    """The same rows of a tensor in every model, float64."""
+    shape = files[0].shape(name)
+    if not shape or 0 in shape:
+        yield [_float64(held, name, held.read(name)) for held in files]
+        return
+    width = 1
+    for size in shape[1:]:
+        width *= size
+    step = max(1, ENTRIES // width)
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        yield [_float64(held, name, held.read_rows(name, start, stop)) for held in files]
+
+
+def _float64(files: Checkpoint, name: str, values: torch.Tensor) -> torch.Tensor:
+    if not all_finite(values):
+        files.check_finite(name)
+    return values.to(torch.float64)
 
 
 def _graph(path: Path) -> list[tuple[str, ...]]:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+_KEPT = {True: "", False: " as it is", None: ""}
+
+
 def render(found: Merged) -> RenderableType:
     """Where it is, the models, the barrier curve, and how far the result is from the first model."""
     from rich.console import Group
@@ -47,7 +50,7 @@ def _models(found: Merged) -> Table:
         row = [
             source.name,
             "base" if source.weight is None else f"{source.weight:g}",
-            "" if source.similarity is None else f"{source.similarity:.4f}",
+            "" if source.similarity is None else f"{source.similarity:.4f}" + _KEPT[source.moved],
         ]
         table.add_row(*row, *([f"{source.loss:.4f}"] if scored and source.loss is not None else []))
     if scored:

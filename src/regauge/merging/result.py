@@ -23,6 +23,7 @@ class Source:
         weight: its weight.
         similarity: mean cosine of its matrices with those of the model it was aligned to; None: as it is.
         related: whether that counts as derived by the calibration; None: not known.
+        moved: whether it was moved; False where it is closer to the first as it is; None: not asked for.
         loss: on the text, in nats a token; None without a text.
     """
 
@@ -31,6 +32,7 @@ class Source:
     weight: float | None
     similarity: float | None = None
     related: bool | None = None
+    moved: bool | None = None
     loss: float | None = None
 
 

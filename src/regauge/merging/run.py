@@ -21,16 +21,13 @@ from regauge.comparing.calibration import calibration
 from regauge.cuts import measured
 from regauge.errors import BadInput, CheckpointError, RegaugeError
 from regauge.merging.barrier import POINTS, Barrier, line
-from regauge.merging.inputs import Tell, check_alike, check_same_tensors, check_values
+from regauge.merging.inputs import Tell, check_pair, check_values, rows_of
 from regauge.merging.losses import TOKENS, Scorer
 from regauge.merging.methods import METHODS, Block, Settings, settings_of
 from regauge.merging.result import Merged, Source
 from regauge.shards import DTYPES
 from regauge.sources import resolve
 from regauge.write import StagedOutput
-
-ENTRIES = 1 << 20
-"""Entries of a block: 8 MiB of each model in float64."""
 
 
 def merge(
@@ -90,15 +87,13 @@ def merge(
     paths, target = [resolve(model) for model in models], Path(out).absolute()
     whole = [resolve(base), *paths] if base is not None else paths
     _check_asked(target, text, barrier, len(models), base is not None)
-    if not align and barrier:
-        _check_pair(*paths)
     scorer = None if text is None else Scorer(whole[0], text, tokens=tokens, seed=seed, max_memory=max_memory)
     job = _Job(settings, whole, base is not None, seed, progress or _silent)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.regauge-aligned-", dir=target.parent) as folder:
         if align:
             job.align(Path(folder))
         for other in job.used[1:]:
-            _check_pair(job.used[0], other)
+            check_pair(job.used[0], other)
         with ExitStack() as stack:
             files = [stack.enter_context(Checkpoint.open(path)) for path in job.used]
             staged = stack.enter_context(job.stage(target, files, dtype))
@@ -129,6 +124,7 @@ class _Job:
     def __post_init__(self) -> None:
         self.used = list(self.paths)
         self.similarities: list[float | None] = [None] * len(self.paths)
+        self.moved: list[bool | None] = [None] * len(self.paths)
         self.scores: list[float | None] = [None] * len(self.paths)
         self.digests: list[str] = []
         self.seconds: dict[str, float] = {}
@@ -140,6 +136,7 @@ class _Job:
         found = aligned(self.paths[0], self.paths[1:], folder, seed=self.seed, tell=self.tell)
         self.used = [found.first, *found.others]
         self.similarities = [None, *found.similarities]
+        self.moved = [None, *found.moved]
         self._lap("align")
 
     def stage(self, target: Path, files: Sequence[Checkpoint], dtype: torch.dtype | None) -> StagedOutput:
@@ -179,7 +176,7 @@ class _Job:
 
     def _blocks(self, files: Sequence[Checkpoint], name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         def blocks() -> Iterator[Block]:
-            for values in _rows(files, name):
+            for values in rows_of(files, name):
                 yield Block(values[0] if self.based else None, tuple(values[self.based :]))
 
         combine = METHODS[self.settings.method].start(self.settings, name, blocks)
@@ -209,8 +206,8 @@ class _Job:
         moved = line(scorer, self.used[0], self.used[1], POINTS, self.tell) if align else None
         plain, without = None, None
         try:
-            _check_pair(*self.paths)
-            plain = line(scorer, self.paths[0], self.paths[1], POINTS, self.tell)
+            check_pair(self.used[0], self.paths[1])
+            plain = line(scorer, self.used[0], self.paths[1], POINTS, self.tell)
         except RegaugeError as error:
             if not align:
                 raise
@@ -234,7 +231,9 @@ class _Job:
             similarity = self.similarities[i]
             related = None if similarity is None else similarity >= known.threshold
             sources.append(
-                Source(path.name, self.digests[i], weights[i], similarity, related, self.scores[i])
+                Source(
+                    path.name, self.digests[i], weights[i], similarity, related, self.moved[i], self.scores[i]
+                )
             )
             if related is False:
                 warnings.append(
@@ -260,33 +259,6 @@ class _Job:
     def _lap(self, name: str) -> None:
         now = time.perf_counter()
         self.seconds[name], self._start = round(now - self._start, 3), now
-
-
-def _rows(files: Sequence[Checkpoint], name: str) -> Iterator[list[torch.Tensor]]:
-    """The same rows of a tensor in every model, float64."""
-    shape = files[0].shape(name)
-    if not shape or 0 in shape:
-        yield [_float64(held, name, held.read(name)) for held in files]
-        return
-    width = 1
-    for size in shape[1:]:
-        width *= size
-    step = max(1, ENTRIES // width)
-    for start in range(0, shape[0], step):
-        stop = min(start + step, shape[0])
-        yield [_float64(held, name, held.read_rows(name, start, stop)) for held in files]
-
-
-def _float64(files: Checkpoint, name: str, values: torch.Tensor) -> torch.Tensor:
-    if not all_finite(values):
-        files.check_finite(name)
-    return values.to(torch.float64)
-
-
-def _check_pair(first: Path, other: Path) -> None:
-    with Checkpoint.open(first) as a, Checkpoint.open(other) as b:
-        check_same_tensors(a, b)
-    check_alike(first, other)
 
 
 def _check_asked(target: Path, text: object, barrier: bool, count: int, based: bool) -> None:
