@@ -22,6 +22,7 @@ from regauge.cli_fingerprint import fingerprint, index
 from regauge.cli_grow import grow
 from regauge.cli_lab import lab
 from regauge.cli_lr import lr
+from regauge.cli_merge import merge
 from regauge.cli_norms import fold, norms, upgrade
 from regauge.cli_options import AsJson, Memory, Out, Source, Storage, TextFile, write_and_show
 from regauge.cli_support import (
@@ -172,6 +173,7 @@ app.command()(upgrade)
 app.command()(fold)
 app.command()(lr)
 app.command()(compare)
+app.command()(merge)
 app.command()(align)
 app.add_typer(lab)
 app.command()(fingerprint)

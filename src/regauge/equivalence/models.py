@@ -69,7 +69,7 @@ def open_model(
         Refused: it does not take text alone, or gives something that is not known how to compare.
     """
     config = load_config(path)
-    _set_dtype(config)
+    set_dtype(config)
     settings = config.to_dict()
     if like is not None and settings == like.settings and like.shape == (rows, length):
         model, traced, logits = like.side.model, like.side.trace, like.side.logits
@@ -91,12 +91,13 @@ def open_model(
     return TextModel(side_of(path, files, COMPUTED, model, traced, logits), measure, settings)
 
 
-def _set_dtype(config: Any) -> None:
+def set_dtype(config: Any) -> None:
+    """The model of a configuration, and all its parts, in float32."""
     config.dtype = COMPUTED
     for key in getattr(config, "sub_configs", None) or {}:
         section = getattr(config, key, None)
         if section is not None and not isinstance(section, Mapping):
-            _set_dtype(section)
+            set_dtype(section)
 
 
 def _measure(path: Path, model: HFModel, traced: Any, logits: bool) -> Measure:
