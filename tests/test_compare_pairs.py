@@ -22,7 +22,7 @@ from pairs.manifest import pairs
 from pairs.recipes import Made, Source
 from pairs.training import samples
 from regauge.comparing.features import pair_features, storage_features, tensor_features
-from regauge.comparing.kinds import kind
+from regauge.comparing.kinds import Kind, kind
 
 
 def build(name: str) -> nn.Module:
@@ -266,14 +266,14 @@ def _changed() -> dict[str, nn.Module]:
 
     return {
         "base": model,
-        "copy": model,
-        "bf16": changes.half(model),
-        "int4": changes.rounded(model),
-        "neurons zeroed": changes.silenced(model, family),
-        "neurons removed": changes.removed(model, family),
-        "trained on": changes.in_place(model, shaken),
-        "low rank": changes.in_place(model, changes.adapted(family, 1, steps=20)),
-        "average with another": changes.averaged(model, family.build(1, False, False)),
+        Kind.COPY: model,
+        Kind.BFLOAT16: changes.half(model),
+        Kind.QUANTISED: changes.rounded(model),
+        Kind.ZEROED: changes.silenced(model, family),
+        Kind.RESIZED: changes.removed(model, family),
+        Kind.TRAINED: changes.in_place(model, shaken),
+        Kind.LOW_RANK: changes.in_place(model, changes.adapted(family, 1, steps=20)),
+        Kind.AVERAGED: changes.averaged(model, family.build(1, False, False)),
     }
 
 
