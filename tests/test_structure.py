@@ -8,8 +8,8 @@ from math import prod
 
 import pytest
 
-from regauge.align import align
 from regauge.atoms import Atom, Axis, Conflict, total
+from regauge.reshapes import align
 from regauge.structure import Structure
 
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from regauge.api import RewriteResult, inspect, load, rewrite, rewrite_module
     from regauge.atlas import Atlas, Generator, Kind, Space
     from regauge.certify import Certificate, Verdict, certify, certify_modules
+    from regauge.comparing import Comparison, Relation, compare
+    from regauge.comparing.align import align
     from regauge.errors import (
         BadInput,
         CheckpointError,
@@ -35,6 +37,7 @@ __all__ = [
     "BadInput",
     "Certificate",
     "CheckpointError",
+    "Comparison",
     "ExportCertificate",
     "ExportResult",
     "Generator",
@@ -45,12 +48,15 @@ __all__ = [
     "RecipeError",
     "Refused",
     "RegaugeError",
+    "Relation",
     "RewriteResult",
     "Space",
     "TraceError",
     "Verdict",
+    "align",
     "certify",
     "certify_modules",
+    "compare",
     "export",
     "inspect",
     "load",
@@ -67,6 +73,8 @@ _VERBS = ("certify", "report")
 _HOME = {
     "regauge.api": ("RewriteResult", "inspect", "load", "rewrite", "rewrite_module"),
     "regauge.atlas": ("Atlas", "Generator", "Kind", "Space"),
+    "regauge.comparing": ("Comparison", "Relation", "compare"),
+    "regauge.comparing.align": ("align",),
     "regauge.certify": ("Certificate", "Verdict", "certify_modules"),
     "regauge.errors": (
         "BadInput",

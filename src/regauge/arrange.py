@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from regauge.align import Group
 from regauge.atoms import Axis, Conflict, total
 from regauge.entrywise import Entrywise
 from regauge.facts import Concat, Link, Remap, Stop, Value
+from regauge.reshapes import Group
 
 
 class Arrange(Entrywise):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
-from regauge.align import Group, align
 from regauge.atoms import Atom, Axis, Conflict, Piece, total
+from regauge.reshapes import Group, align
 
 
 class Structure:
