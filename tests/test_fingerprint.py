@@ -112,7 +112,7 @@ def disguised(source: Path, out: Path) -> None:
     rewrite(source, out, {"moves": moves}, dtype=torch.float32, seed=5)
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "qwen3", "gpt2", "gemma3", "vit"])
+@pytest.mark.parametrize("name", ["llama-tied", "qwen3", "gpt2", "gemma3", "vit", "bert"])
 def test_a_disguised_copy_is_the_same(name: str, tmp_path: Path) -> None:
     build(name).save_pretrained(tmp_path / "source")
     disguised(tmp_path / "source", tmp_path / "copy")

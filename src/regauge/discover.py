@@ -66,6 +66,15 @@ def _likeness(space: Space, shared: Mapping[int, int], other: Space) -> tuple[in
     return shared[number], sizes, len(space.parameters) == len(other.parameters)
 
 
+def traced_only(gauge: Gauge) -> Gauge:
+    """The gauge of the traced function alone: what other code may do with parameters that no operation reads
+    limits a rewrite, but not whether two functions are the same."""
+    trace = gauge.trace
+    read = {node.name for node in trace.graph.nodes if node.users or node in trace.outputs}
+    parameters = {node: name for node, name in trace.parameters.items() if node in read}
+    return Gauge(replace(trace, parameters=parameters)) if len(parameters) < len(trace.parameters) else gauge
+
+
 class Gauge:
     """Atlases of one traced model in every state that moves can bring it to, solved once each.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def changes_of(alignment: Alignment, pair: Pair, path_b: Path) -> tuple[Change, 
         path_b: directory of b, to see how its values are stored.
     """
     names = [t.parameter for t in alignment.tensors if len(t.shape) > 1 and t.norm > 0]
-    names = _spread([name for name in names if _entries(pair.a.shapes[name]) <= LARGEST])
+    names = _spread([name for name in names if math.prod(pair.a.shapes[name]) <= LARGEST])
 
     def both() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for name in names:
@@ -49,7 +50,7 @@ def changes_of(alignment: Alignment, pair: Pair, path_b: Path) -> tuple[Change, 
 def _stored(path: Path) -> list[torch.Tensor]:
     with Checkpoint.open(path) as files:
         names = [
-            n for n in files.names if len(files.shape(n)) > 1 and _entries(tuple(files.shape(n))) <= LARGEST
+            n for n in files.names if len(files.shape(n)) > 1 and math.prod(tuple(files.shape(n))) <= LARGEST
         ]
         held = [files.read(name) for name in _spread(names)]
     return [tensor.to(torch.float32) for tensor in held if tensor.is_floating_point()]
@@ -59,10 +60,3 @@ def _spread(names: list[str]) -> list[str]:
     """At most ``LOOKED_AT`` of the names, evenly."""
     step = max(1, -(-len(names) // LOOKED_AT))
     return names[::step]
-
-
-def _entries(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

@@ -12,7 +12,7 @@ import torch
 
 from regauge.atlas import Action, Atlas
 from regauge.checkpoint import Checkpoint
-from regauge.discover import Gauge
+from regauge.discover import Gauge, traced_only
 from regauge.errors import Refused
 from regauge.matching.normal import normal_recipe, null_actions, without_null
 from regauge.model import CheckpointModel
@@ -106,7 +106,7 @@ class Side:
 
 def side_of_module(model: ModuleModel, *, structure: bool = True, name: str = "module") -> Side:
     """The normal form of a module in memory."""
-    model = replace(model, gauge=_seen(model.gauge))
+    model = replace(model, gauge=traced_only(model.gauge))
     plan, state, gauge = _planned(lambda: model.plan(normal_recipe(structure=structure), 0), model.gauge)
 
     def values(parameter: str, rows: Rows = None) -> torch.Tensor:
@@ -120,7 +120,7 @@ def side_of_model(
     model: CheckpointModel, *, structure: bool = True, untie: bool = True, name: str = "checkpoint"
 ) -> Side:
     """The normal form of an open checkpoint; weights are streamed when they are read."""
-    model = replace(model, gauge=_seen(model.gauge)) if structure else model
+    model = replace(model, gauge=traced_only(model.gauge)) if structure else model
     recipe = normal_recipe(structure=structure, untie=untie)
     plan, state, gauge = _planned(lambda: model.plan(recipe, 0), model.gauge)
     view = model.view(plan)
@@ -171,15 +171,6 @@ def sides_of(
         side_of_model(a, structure=structure, untie=untie, name=names[0]),
         side_of_model(b, structure=structure, untie=untie, name=names[1]),
     )
-
-
-def _seen(gauge: Gauge) -> Gauge:
-    """The gauge of the traced function alone: what other code may do with parameters that no operation reads
-    limits a rewrite, but not whether two functions are the same."""
-    trace = gauge.trace
-    read = {node.name for node in trace.graph.nodes if node.users or node in trace.outputs}
-    parameters = {node: name for node, name in trace.parameters.items() if node in read}
-    return Gauge(replace(trace, parameters=parameters)) if len(parameters) < len(trace.parameters) else gauge
 
 
 def _planned(plan: Callable[[], tuple[Rewrite, State, Gauge]], gauge: Gauge) -> tuple[Rewrite, State, Gauge]:

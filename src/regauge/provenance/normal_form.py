@@ -17,7 +17,7 @@ from torch import nn
 from regauge.apply import RewrittenView
 from regauge.atlas import Atlas
 from regauge.checkpoint import Checkpoint
-from regauge.discover import Gauge
+from regauge.discover import Gauge, traced_only
 from regauge.errors import Refused
 from regauge.hf import HFModel, checkpoint_names, load_meta, patched_config, read_config
 from regauge.jobs import with_new_names
@@ -115,7 +115,7 @@ def normal_form(path: Path, files: Checkpoint, given: tuple[HFModel, Trace] | No
             return view.read(known)
         return view.read_rows(known, start, stop, axis)
 
-    return folded_form(gauge, rows)
+    return folded_form(traced_only(gauge), rows)
 
 
 def opened(path: Path) -> tuple[HFModel, Trace]:
@@ -147,7 +147,7 @@ def normal_form_of_module(
         value = plan.value(known, state.__getitem__)
         return value.narrow(axis, start, stop - start) if value.dim() else value
 
-    return folded_form(gauge, rows)
+    return folded_form(traced_only(gauge), rows)
 
 
 def _planned(
@@ -156,6 +156,7 @@ def _planned(
     retrace: Callable[[Rewrite], Gauge],
     **config: Any,
 ) -> tuple[Rewrite, Gauge]:
+    gauge = traced_only(gauge)
     recipe = parse_recipe({"moves": [{"name": name, "optional": True} for name in STRUCTURAL]})
     try:
         plan, _, gauge = make_plan(gauge, recipe, 0, view, retrace=retrace, **config)
