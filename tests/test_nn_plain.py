@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -18,9 +20,11 @@ from nn_laws import (
     survives_bfloat16,
     tokens,
 )
+from regauge.atlas import Action, Factor, Part
 from regauge.errors import Refused
 from regauge.nn.entry import generic
 from regauge.nn.plain import ENTRIES, CRMSNorm, LayerNorm, RMSNorm
+from regauge.steps import CenterStep
 
 RMS = ("full", "bias", "partial_0.25", "eps0.1")
 
@@ -76,6 +80,35 @@ def test_three_norms_of_one_centred_stream() -> None:
     found = LayerNorm(7, eps).double()(x), RMSNorm(7, eps).double()(x), CRMSNorm(6, eps)(x[..., :-1])
     for y, key in zip(found, ("ln", "rms", "crms_of_first"), strict=True):
         assert distance(y, case[key]) < 1e-12
+
+
+def _centred_linear(case: dict[str, torch.Tensor], weight: str, x: str) -> torch.Tensor:
+    """The authors' linear map of mean zero, as the centring of a writer makes it."""
+    rows = Action("w", (Part(0, (Factor("c", len(case[weight]), 1),)),), 0, "c")
+    plane = replace(rows, parts=(*rows.parts, Part(0, (Factor("i", case[weight].shape[1], 1),))))
+    bias = case["bias" if "bias" in case else "b"]
+    return nn.functional.linear(case[x], CenterStep(plane).apply(case[weight]), CenterStep(rows).apply(bias))
+
+
+def test_linear_maps_of_mean_zero_are_those_of_the_authors() -> None:
+    first, second = golden("crmsnorm")["LinearZeroMeanOutput"], golden("crmsnorm_2")["outputs"]["lin"]
+    assert distance(_centred_linear(first, "weight", "x"), first["y"]) < 1e-12
+    assert distance(_centred_linear(second, "W", "z"), second["y"]) < 1e-12
+    assert float(second["y"].mean(-1).abs().max()) < 1e-12
+
+
+def test_three_norms_of_the_second_case() -> None:
+    case = golden("crmsnorm_2")
+    x, eps = case["inputs"]["x"], case["config"]["eps"]
+    centred = x - x.mean(-1, keepdim=True)
+    found = {
+        "layer_norm": LayerNorm(16, eps).double()(x),
+        "rms_of_centred": RMSNorm(16, eps).double()(centred),
+        "crms": CRMSNorm(15, eps)(centred[..., :-1]),
+    }
+    for key, y in found.items():
+        assert distance(y, case["outputs"][key]) < 1e-12, key
+    assert distance(RMSNorm(16, eps).double()(x), case["outputs"]["layer_norm"]) > 1e-3
 
 
 def test_rms_of_a_part_divides_all() -> None:
