@@ -19,26 +19,14 @@ def foldable(solver: Solver) -> set[str]:
     gains = multipliers(solver.walk.result.facts, solver.folded)
     index = {(u.value.id, u.block.offsets, u.subset): i for i, u in enumerate(solver.positive.unknowns)}
     sign_index = {(u.value.id, u.block.offsets, u.subset): i for i, u in enumerate(solver.signs.unknowns)}
-    alone = _alone(solver.positive.basis())
+    pivots = solver.positive.system.pivots
+    by_free = {next(u for u in vector if u not in pivots): vector for vector in solver.positive.basis()}
     out: set[str] = set()
     for value in gains.values():
         blocks = solver.layout.blocks(value)
-        if all(_folds(solver, value, block, index, sign_index, alone, gains) for block in blocks):
+        if all(_folds(solver, value, block, index, sign_index, by_free, gains) for block in blocks):
             out.add(str(value.parameter))
     return out
-
-
-def _alone(basis: Iterable[Mapping[int, Fraction]]) -> dict[int, Mapping[int, Fraction]]:
-    """Unknowns that occur in one vector of the basis only -> that vector, with 1 at the unknown."""
-    held: dict[int, list[Mapping[int, Fraction]]] = {}
-    for vector in basis:
-        for unknown in vector:
-            held.setdefault(unknown, []).append(vector)
-    return {
-        unknown: {u: c / vectors[0][unknown] for u, c in vectors[0].items()}
-        for unknown, vectors in held.items()
-        if len(vectors) == 1 and vectors[0][unknown]
-    }
 
 
 def multipliers(facts: Iterable[Fact], folded: Set[int] = frozenset()) -> dict[int, Value]:
@@ -71,13 +59,13 @@ def _folds(
     block: Block,
     index: Mapping[tuple[int, tuple[int, ...], frozenset[Occurrence]], int],
     sign_index: Mapping[tuple[int, tuple[int, ...], frozenset[Occurrence]], int],
-    alone: Mapping[int, Mapping[int, Fraction]],
+    by_free: Mapping[int, Mapping[int, Fraction]],
     gains: Mapping[int, Value],
 ) -> bool:
     if not block.order or len({a for _, a in block.order}) != len(block.order):
         return False
     number = index.get((value.id, block.offsets, frozenset(block.order)))
-    vector = alone.get(number) if number is not None else None
+    vector = by_free.get(number) if number is not None else None
     if vector is None:
         return False
     signs: dict[int, Fraction] = {}
