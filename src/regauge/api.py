@@ -18,8 +18,9 @@ from regauge.hf import load_config, model_class_of
 from regauge.modeling_regauge import KEEPS, PatchError
 from regauge.module_model import ModuleModel
 from regauge.recipe import Recipe, parse_recipe
-from regauge.rewriting import Progress, RewriteResult, rewrite
+from regauge.rewriting import RewriteResult, rewrite
 from regauge.sources import resolve
+from regauge.stages import Progress
 from regauge.trace import Trace, trace
 
 __all__ = ["Progress", "RewriteResult", "inspect", "load", "resolve", "rewrite", "rewrite_module"]

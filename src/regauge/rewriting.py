@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,9 @@ from regauge.modeling_regauge import KEY
 from regauge.plan import Rewrite
 from regauge.recipe import Recipe, parse_recipe
 from regauge.sources import resolve
+from regauge.stages import Clock, Progress, silent
 from regauge.write import StagedOutput
 from regauge.written import Written, check_written
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, done, total); totals are bytes for tensors, steps otherwise."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ def rewrite(
         seed: of everything random; default that of the recipe, else 0.
         max_memory: bytes to stay near.
         text: text file for the certificate; default random inputs.
-        progress: see :data:`Progress`.
+        progress: see :data:`regauge.stages.Progress`.
         cut: whether the recipe may hold cuts. With one the certificate says how different the result is.
 
     Raises:
@@ -86,7 +83,7 @@ def rewrite(
     seed = seed if seed is not None else (recipe.seed or 0)
     if dtype is None and recipe.dtype is not None:
         dtype = getattr(torch, recipe.dtype)
-    tell: Progress = progress or (lambda what, done, total: None)
+    tell = progress or silent
     clock = Clock()
     path, target = resolve(source), Path(out)
     with Checkpoint.open(path) as files:
@@ -217,19 +214,6 @@ def _code(config: Mapping[str, Any]) -> dict[str, bytes]:
         return {}
     paths = [Path(str(module.__file__)) for module in (modeling_regauge, norms_regauge)]
     return {path.name: path.read_bytes() for path in paths}
-
-
-class Clock:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = round(now - self._last, 3)
-        self._last = now
 
 
 def _files_named(recipe: Recipe) -> list[str]:

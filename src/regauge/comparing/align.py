@@ -20,9 +20,10 @@ from regauge.matching.sides import Side, open_models, sides_of
 from regauge.model import CheckpointModel
 from regauge.moves.fold import scales_of, spans
 from regauge.plan import Rewrite, Step
-from regauge.rewriting import Clock, Progress, RewriteResult, carry_out
+from regauge.rewriting import RewriteResult, carry_out
 from regauge.shift import apply_shift, source_shift
 from regauge.sources import resolve
+from regauge.stages import Clock, Progress, silent
 from regauge.steps import ActStep, AddStep
 
 _PASSES = 4
@@ -60,7 +61,7 @@ def align(
         Refused: the models do not do the same with their parameters, or differ in size.
         NotEquivalent, BadInput, CheckpointError: as :func:`regauge.rewriting.rewrite`.
     """
-    tell: Progress = progress or (lambda what, done, total: None)
+    tell = progress or silent
     path_a, path_b, target = resolve(a), resolve(b), Path(out)
     clock = Clock()
     tell("tracing", 0, 1)

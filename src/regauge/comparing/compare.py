@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,9 +17,8 @@ from regauge.errors import BadInput, Refused
 from regauge.matching import Alignment, align_sides
 from regauge.matching.sides import open_sides
 from regauge.sources import resolve
+from regauge.stages import Clock, Progress, silent
 from regauge.vocabulary import Vocabulary, shared_vocabulary
-
-Tell = Callable[[str, int, int], None]
 
 SAME = 1e-6
 
@@ -32,7 +30,7 @@ def compare(
     text: str | Path | None = None,
     seed: int = 0,
     max_memory: int | None = None,
-    progress: Tell | None = None,
+    progress: Progress | None = None,
 ) -> Comparison:
     """How is b related to a?
 
@@ -51,10 +49,9 @@ def compare(
         BadInput, CheckpointError, TraceError: a source that cannot be used.
         Refused: the models can neither be aligned nor run on the same inputs.
     """
-    tell = progress or _silent
+    tell = progress or silent
     path_a, path_b = resolve(a), resolve(b)
-    seconds: dict[str, float] = {}
-    start = time.perf_counter()
+    clock = Clock()
     tell("tracing", 0, 1)
     alignment, refused, changes = None, None, ()
     known = calibration()
@@ -67,15 +64,14 @@ def compare(
                 changes = changes_of(alignment, pair, path_b)
     except Refused as error:
         refused = error
-    seconds["align"] = round(time.perf_counter() - start, 3)
-    start = time.perf_counter()
+    clock.lap("align")
     tell("running both", 0, 1)
     certificate, unlike = None, None
     try:
         certificate = certify(path_a, path_b, text=text, seed=seed, max_memory=max_memory, vocabulary=shared)
     except BadInput as error:
         unlike = error
-    seconds["certify"] = round(time.perf_counter() - start, 3)
+    clock.lap("certify")
     if alignment is None and certificate is None:
         assert refused is not None
         raise refused from unlike
@@ -100,7 +96,7 @@ def compare(
         not_aligned=None if refused is None else refused.message,
         certificate=certificate,
         vocabulary=numbering,
-        seconds=seconds,
+        seconds=clock.seconds,
     )
 
 
@@ -164,7 +160,3 @@ def _displaced(element: Element) -> torch.Tensor:
         return (element.vector - 1).abs().amax(1) > SAME
     eye = torch.eye(element.n, dtype=torch.float64)
     return (element.matrix() - eye).abs().amax(dim=(1, 2)) > SAME
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    pass

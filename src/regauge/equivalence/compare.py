@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from regauge.equivalence.scores import (
 )
 from regauge.equivalence.verdict import Decision, Terms, decide, decide_accuracy
 from regauge.errors import BadInput
+from regauge.stages import Progress
 
 TOKENS = 8192
 LENGTH = 256
@@ -43,8 +44,6 @@ AT_ONCE = 1024
 """Tokens of one run."""
 
 MEMORY = 1 << 30
-
-Progress = Callable[[str, int, int], None]
 
 
 def equivalence(

@@ -6,9 +6,8 @@ import hashlib
 import os
 import shutil
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -23,9 +22,7 @@ from regauge.exporting.evidence import FACTOR, ExportCertificate, judge, measure
 from regauge.exporting.program import PACKAGES, Dynamic, check_packages, export_program, open_runner, write
 from regauge.exporting.subject import Subject, Tensors, from_directory, from_module
 from regauge.sources import resolve
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, done, total) in steps."""
+from regauge.stages import Clock, Progress, silent
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ def export(
             compared on besides. Default: the rows of ``inputs``, one and five of them, where that runs.
         text: of a directory: compare on the tokens of this UTF-8 file, not on random ones.
         seed: of random inputs.
-        progress: see :data:`Progress`.
+        progress: see :data:`regauge.stages.Progress`.
 
     Raises:
         BadInput: ``out`` exists, an unknown format, a missing package, or unusable inputs.
@@ -84,8 +81,8 @@ def export(
     check_packages(format)
     target = Path(out).absolute()
     _check_place(target, format)
-    tell: Progress = progress or (lambda what, done, total: None)
-    clock = _Clock()
+    tell = progress or silent
+    clock = Clock()
     tell("loading", 0, 1)
     if isinstance(source, nn.Module):
         if text is not None:
@@ -108,7 +105,7 @@ def export(
 
 
 def _export(
-    subject: Subject, target: Path, form: str, seed: int, tell: Progress, clock: _Clock
+    subject: Subject, target: Path, form: str, seed: int, tell: Progress, clock: Clock
 ) -> ExportResult:
     clock.lap("load")
     tell("tracing", 0, 1)
@@ -167,17 +164,6 @@ def _export(
 
 def _compared(axis: Dynamic, probes: Sequence[Tensors]) -> Dynamic:
     return replace(axis, least=min(axis.least, *(inputs[axis.input].shape[axis.axis] for inputs in probes)))
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = round(now - self._last, 3)
-        self._last = now
 
 
 def _check_place(target: Path, form: str) -> None:

@@ -19,9 +19,9 @@ from regauge.lab.config import Run, SweepConfig
 from regauge.lab.optimizers import check_optimizer
 from regauge.lab.saved import check_model
 from regauge.lab.train import digest, finish, train
+from regauge.stages import Progress
 
 Result = dict[str, Any]
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,10 @@ from regauge.matching.padding import padded_alike
 from regauge.matching.sides import Side, open_sides, side_of_module
 from regauge.matching.solver import SWEEPS, Found, refine, run
 from regauge.module_model import ModuleModel
+from regauge.stages import Progress, silent
 
 CLOSE = 1e-2
 """Relative residual below which one pass is enough: every unit has found its counterpart."""
-
-Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class Alignment:
         return sum(w * t.cosine for w, t in zip(weights, kept, strict=True)) / max(sum(weights), 1e-300)
 
 
-def align_sides(a: Side, b: Side, tell: Tell | None = None) -> tuple[Alignment, Pair]:
+def align_sides(a: Side, b: Side, tell: Progress | None = None) -> tuple[Alignment, Pair]:
     """Solve for the element of the gauge that brings b to a.
 
     Raises:
@@ -107,7 +106,7 @@ def align_sides(a: Side, b: Side, tell: Tell | None = None) -> tuple[Alignment, 
         {same[n]: [replace(x, parameter=same[n]) for x in a.null[n]] for n in a.null if n in same}
     )
     pair = Pair(first, second, same)
-    say = tell or _silent
+    say = tell or silent
     solved = run(pair, generators, lambda done, total: say("aligning", done, total))
     left = leftovers(pair)
     best = _objective(pair, left)
@@ -154,7 +153,7 @@ def align_modules(
     return align_sides(sides[0], sides[1])[0]
 
 
-def align_directories(a: Path, b: Path, tell: Tell | None = None) -> Alignment:
+def align_directories(a: Path, b: Path, tell: Progress | None = None) -> Alignment:
     """Align two checkpoint directories; see :func:`align_sides`."""
     with open_sides(a, b) as (first, second):
         return align_sides(first, second, tell)[0]
@@ -211,10 +210,6 @@ def leftovers(pair: Pair) -> tuple[Leftover, ...]:
             )
         )
     return tuple(found)
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    pass
 
 
 def _matrices(left: Sequence[Leftover]) -> list[Leftover]:

@@ -12,9 +12,10 @@ import torch
 from regauge.checkpoint import Checkpoint
 from regauge.comparing.align import align
 from regauge.errors import BadInput, Refused
-from regauge.merging.inputs import Tell, check_pair, rows_of
+from regauge.merging.inputs import check_pair, rows_of
 from regauge.recipe import MoveSpec, Recipe
 from regauge.rewriting import rewrite
+from regauge.stages import Progress
 
 _UNTIED = Recipe(moves=(MoveSpec(name="untie", options={}),))
 
@@ -36,7 +37,7 @@ class Aligned:
     moved: tuple[bool, ...]
 
 
-def aligned(first: Path, others: Sequence[Path], scratch: Path, *, seed: int, tell: Tell) -> Aligned:
+def aligned(first: Path, others: Sequence[Path], scratch: Path, *, seed: int, tell: Progress) -> Aligned:
     """Write every other model in the gauge of the first.
 
     A fine-tuned model mostly is in that gauge already. Where the tensors of the two are closer as they are
@@ -101,7 +102,7 @@ def _alike(first: Path, other: Path) -> bool:
     return True
 
 
-def _untied_like(first: Path, others: Sequence[Path], scratch: Path, tell: Tell) -> Path:
+def _untied_like(first: Path, others: Sequence[Path], scratch: Path, tell: Progress) -> Path:
     """The first model, or an exact copy without ties if the others store tensors that it does not."""
     names: set[str] = set()
     for path in others:

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from regauge.certify.sides import StoredWeights
-from regauge.merging.inputs import Tell
 from regauge.merging.losses import Scorer
+from regauge.stages import Progress
 
 POINTS = 11
 
@@ -73,7 +73,7 @@ class Blend:
         return a.double() * (1 - self.t) + b.double() * self.t
 
 
-def line(scorer: Scorer, a: Path, b: Path, points: int = POINTS, tell: Tell | None = None) -> Line:
+def line(scorer: Scorer, a: Path, b: Path, points: int = POINTS, tell: Progress | None = None) -> Line:
     """Losses on the line from a to b, which hold the same tensors of the same graph.
 
     The barrier is that of arXiv 2110.06296, section 2; the line that of arXiv 1912.05671, section 3.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,6 @@ from regauge.errors import BadInput, CheckpointError, Refused
 from regauge.hf import load_config, load_meta
 from regauge.layout import RECASTS
 from regauge.trace import Trace, trace
-
-Tell = Callable[[str, int, int], None]
-"""Called with (what is being done, done, total)."""
 
 ENTRIES = 1 << 20
 """Entries of a block: 8 MiB of each model in float64."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,12 +20,13 @@ from regauge.comparing.calibration import calibration
 from regauge.cuts import measured
 from regauge.errors import BadInput, CheckpointError, RegaugeError
 from regauge.merging.barrier import POINTS, Barrier, line
-from regauge.merging.inputs import Tell, check_pair, check_values, rows_of
+from regauge.merging.inputs import check_pair, check_values, rows_of
 from regauge.merging.losses import TOKENS, Scorer
 from regauge.merging.methods import METHODS, Block, Settings, settings_of
 from regauge.merging.result import Merged, Source
 from regauge.shards import DTYPES
 from regauge.sources import resolve
+from regauge.stages import Clock, Progress, silent
 from regauge.write import StagedOutput
 
 
@@ -46,7 +46,7 @@ def merge(
     barrier: bool = False,
     seed: int = 0,
     max_memory: int | None = None,
-    progress: Tell | None = None,
+    progress: Progress | None = None,
 ) -> Merged:
     """Merge models and write the result with the tensors, the files and the configuration of the first.
 
@@ -88,7 +88,7 @@ def merge(
     whole = [resolve(base), *paths] if base is not None else paths
     _check_asked(target, text, barrier, len(models), base is not None)
     scorer = None if text is None else Scorer(whole[0], text, tokens=tokens, seed=seed, max_memory=max_memory)
-    job = _Job(settings, whole, base is not None, seed, progress or _silent)
+    job = _Job(settings, whole, base is not None, seed, progress or silent)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.regauge-aligned-", dir=target.parent) as folder:
         if align:
             job.align(Path(folder))
@@ -119,7 +119,7 @@ class _Job:
     paths: list[Path]
     based: bool
     seed: int
-    tell: Tell
+    tell: Progress
 
     def __post_init__(self) -> None:
         self.used = list(self.paths)
@@ -127,8 +127,7 @@ class _Job:
         self.moved: list[bool | None] = [None] * len(self.paths)
         self.scores: list[float | None] = [None] * len(self.paths)
         self.digests: list[str] = []
-        self.seconds: dict[str, float] = {}
-        self._start = time.perf_counter()
+        self.clock = Clock()
 
     def align(self, folder: Path) -> None:
         from regauge.merging.aligning import aligned
@@ -137,7 +136,7 @@ class _Job:
         self.used = [found.first, *found.others]
         self.similarities = [None, *found.similarities]
         self.moved = [None, *found.moved]
-        self._lap("align")
+        self.clock.lap("align")
 
     def stage(self, target: Path, files: Sequence[Checkpoint], dtype: torch.dtype | None) -> StagedOutput:
         with ExitStack() as stack:
@@ -172,7 +171,7 @@ class _Job:
         staged.copy(copied, wrote)
         for held in files:
             held.check_unchanged()
-        self._lap("merge")
+        self.clock.lap("merge")
 
     def _blocks(self, files: Sequence[Checkpoint], name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         def blocks() -> Iterator[Block]:
@@ -190,7 +189,7 @@ class _Job:
     def measure(self, directory: Path, text: str | Path | None, max_memory: int | None) -> Certificate:
         self.tell("measuring", 0, 1)
         found = certify(self.paths[0], directory, text=text, seed=self.seed, max_memory=max_memory)
-        self._lap("measure")
+        self.clock.lap("measure")
         return measured(found, (f"merge:{self.settings.method}",))
 
     def losses(self, scorer: Scorer, directory: Path) -> float:
@@ -199,7 +198,7 @@ class _Job:
             scorer.check_tokens(path)
             self.scores[i] = scorer.loss(path)
         loss = scorer.loss(directory)
-        self._lap("score")
+        self.clock.lap("score")
         return loss
 
     def barrier(self, scorer: Scorer, align: bool) -> Barrier:
@@ -212,7 +211,7 @@ class _Job:
             if not align:
                 raise
             without = error.message
-        self._lap("barrier")
+        self.clock.lap("barrier")
         places = tuple(i / (POINTS - 1) for i in range(POINTS))
         return Barrier(places, moved, plain, without, scorer.tokens, scorer.documents.digest)
 
@@ -253,12 +252,8 @@ class _Job:
             loss=loss,
             barrier=curve,
             warnings=tuple(warnings),
-            seconds=dict(self.seconds),
+            seconds=dict(self.clock.seconds),
         )
-
-    def _lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name], self._start = round(now - self._start, 3), now
 
 
 def _check_asked(target: Path, text: object, barrier: bool, count: int, based: bool) -> None:
@@ -304,7 +299,3 @@ def _manifest(found: Merged, staged: StagedOutput) -> dict[str, Any]:
     plain = found.to_dict()
     del plain["out"]
     return {"format": 1, "merge": plain, "output": {"digest": staged.digest()}, "software": software()}
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    pass

@@ -6,7 +6,7 @@ import base64
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from regauge.provenance.network import network
 from regauge.provenance.normal_form import normal_form, opened
 from regauge.provenance.sketch import LENGTH, sketches
 from regauge.sources import resolve
+from regauge.stages import Progress, silent
 
 VERSION = 1
 SAME = 1e-6
@@ -92,7 +93,7 @@ def fingerprint(
     source: str | Path,
     *,
     run: bool = True,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Fingerprint:
     """The fingerprint of a checkpoint. Weights are read block by block, in float64; nothing is written.
 
@@ -111,7 +112,7 @@ def fingerprint(
     here for every generator of the atlas.
     """
     begin = time.perf_counter()
-    tell = progress or _silent
+    tell = progress or silent
     path = resolve(source)
     with Checkpoint.open(path) as files:
         tell("finding the gauge", 0, 1)
@@ -160,10 +161,6 @@ def same_function(a: Fingerprint, b: Fingerprint, tolerance: float = SAME) -> bo
     if a.behaviour is None or b.behaviour is None:
         return None
     return bool(np.abs(a.behaviour - b.behaviour).max() <= tolerance)
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    pass
 
 
 def check_version(*versions: int) -> None:

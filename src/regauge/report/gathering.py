@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,7 @@ from regauge.report.manifest import Manifest, read_manifest
 from regauge.report.names import role, shown
 from regauge.report.weights import Spectrum, Stored, Weight, check_digest, spectra, weights
 from regauge.show import NAMES, limit_of, rows
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, done, total)."""
+from regauge.stages import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -104,13 +101,13 @@ def gather(directory: Path, source: Path | None, progress: Progress | None = Non
     Args:
         directory: written by ``regauge rewrite``.
         source: what it was made from; None leaves out everything that compares.
-        progress: see :data:`Progress`.
+        progress: see :data:`regauge.stages.Progress`.
 
     Raises:
         BadInput: no manifest, weights that are not those it certifies, another source, a model that does
             not run; CheckpointError: damaged files.
     """
-    tell: Progress = progress or (lambda what, done, total: None)
+    tell = progress or silent
     manifest, certificate = read_manifest(directory)
     with ExitStack() as stack:
         stack.enter_context(one_thread())
