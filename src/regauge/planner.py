@@ -123,6 +123,16 @@ def make_plan(
     return rewrite, state, gauge
 
 
+def plan_or_nothing(
+    plan: Callable[[], tuple[Rewrite, State, Gauge]], gauge: Gauge
+) -> tuple[Rewrite, State, Gauge]:
+    """What ``plan`` returns, or the plan that does nothing where no move exists for a model of this gauge."""
+    try:
+        return plan()
+    except Refused:
+        return Rewrite(), State(), gauge
+
+
 def _as_patched(module: Replaceable) -> bool:
     """Whether the module as it is reads its parameters as its replacement would."""
     named = module.weight in (None, f"{module.path}.weight") and module.bias in (None, f"{module.path}.bias")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -17,8 +16,8 @@ from regauge.matching.history import shortened
 from regauge.matching.moved import Pair
 from regauge.matching.order import LINEAR
 from regauge.matching.padding import padded_alike
-from regauge.matching.sides import Side, open_sides, side_of_module
-from regauge.matching.solver import SWEEPS, Found, refine, run
+from regauge.matching.sides import Side, side_of_module
+from regauge.matching.solver import SWEEPS, refine, run
 from regauge.module_model import ModuleModel
 from regauge.stages import Progress, silent
 
@@ -115,8 +114,9 @@ def align_sides(a: Side, b: Side, tell: Progress | None = None) -> tuple[Alignme
         history = list(pair.history)
         pair.replace([])
         plain = leftovers(pair)
-        if _objective(pair, plain) < best:
-            left, best = plain, _objective(pair, plain)
+        now = _objective(pair, plain)
+        if now < best:
+            left, best = plain, now
         else:
             pair.replace(history)
     while sweeps < SWEEPS and _relative(left) > CLOSE:
@@ -134,7 +134,10 @@ def align_sides(a: Side, b: Side, tell: Progress | None = None) -> tuple[Alignme
         left, best = again, now
         if stop:
             break
-    return _alignment(found, pair, left, solved, different, sweeps), pair
+    elements = tuple(pair.history)
+    return Alignment(
+        same, found.only_a, found.only_b, left, elements, solved.unsolved, different, sweeps, found.idle
+    ), pair
 
 
 def align_modules(
@@ -151,12 +154,6 @@ def align_modules(
         for module, given, name in ((a, inputs, "a"), (b, inputs if inputs_b is None else inputs_b, "b"))
     ]
     return align_sides(sides[0], sides[1])[0]
-
-
-def align_directories(a: Path, b: Path, tell: Progress | None = None) -> Alignment:
-    """Align two checkpoint directories; see :func:`align_sides`."""
-    with open_sides(a, b) as (first, second):
-        return align_sides(first, second, tell)[0]
 
 
 def common(a: Side, b: Side, found: Correspondence) -> tuple[list[Generator], int]:
@@ -224,19 +221,3 @@ def _relative(left: Sequence[Leftover]) -> float:
 def _objective(pair: Pair, left: Sequence[Leftover]) -> float:
     """Σ w ‖a − b‖² over all parameters, which no step of :func:`refine` makes larger."""
     return sum(pair.weight(t.parameter) * t.difference**2 for t in left)
-
-
-def _alignment(
-    found: Correspondence, pair: Pair, left: tuple[Leftover, ...], solved: Found, different: int, sweeps: int
-) -> Alignment:
-    return Alignment(
-        pair.names,
-        found.only_a,
-        found.only_b,
-        left,
-        tuple(pair.history),
-        solved.unsolved,
-        different,
-        sweeps,
-        found.idle,
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -67,33 +68,50 @@ def products(pair: Pair, generator: Generator, view: View) -> Products | None:
     return Products(view, cross.view(k, p, u, n, u, n), own_a, own_b, features * u * p)
 
 
+def crossed(pair: Pair, generator: Generator, view: View) -> torch.Tensor:
+    """For a view of level 0: ⟨a, b⟩ between all acting indices, [K, n, n]."""
+    total = torch.zeros(generator.count, generator.size, generator.size, dtype=torch.float64)
+    for x, y in _blocks(pair, generator, view.action):
+        total += x @ y.mT
+    return total
+
+
 def grams(pair: Pair, generator: Generator, view: View) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """For a view of level 0: ⟨a, b⟩, ⟨a, a⟩, ⟨b, b⟩ between all acting indices, [K, n, n] each."""
-    action = view.action
-    copies = tuple(name for name, _ in generator.copies)
     k, n = generator.count, generator.size
-    held = (*copies, action.acting)
-    shape = pair.a.shapes[action.parameter]
     found = [torch.zeros(k, n, n, dtype=torch.float64) for _ in range(3)]
-    for whole_a, whole_b in pair.chunks(action.parameter):
-        x, y = (
-            view_block(whole, action, held, shape).reshape(k, n, -1) + action.chart
-            for whole in (whole_a, whole_b)
-        )
+    for x, y in _blocks(pair, generator, view.action):
         for total, (left, right) in zip(found, ((x, y), (x, x), (y, y)), strict=True):
             total += left @ right.mT
     return found[0], found[1], found[2]
 
 
+def _blocks(pair: Pair, generator: Generator, action: Action) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The block of a and that of b in pieces, [K, n, features] each."""
+    held = (*(name for name, _ in generator.copies), action.acting)
+    shape = pair.a.shapes[action.parameter]
+    for wholes in pair.chunks(action.parameter):
+        x, y = (
+            view_block(whole, action, held, shape).reshape(generator.count, generator.size, -1) + action.chart
+            for whole in wholes
+        )
+        yield x, y
+
+
 def diagonals(
-    pair: Pair, action: Action, held: tuple[str, ...]
+    pair: Pair, action: Action, held: tuple[str, ...], *, sampled: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """⟨a, b⟩, ⟨a, a⟩, ⟨b, b⟩ over all but some factors and the acting one, [*sizes of held, n] each."""
+    """⟨a, b⟩, ⟨a, a⟩, ⟨b, b⟩ over all but some factors and the acting one, [*sizes of held, n] each.
+
+    With ``sampled`` a long table is looked at in part, which is enough for signs.
+    """
     sizes = sizes_of(action)
     kept = tuple(sizes[name] for name in (*held, action.acting))
     shape = pair.a.shapes[action.parameter]
     found = [torch.zeros(kept, dtype=torch.float64) for _ in range(3)]
-    for whole_a, whole_b in pair.chunks(action.parameter):
+    rows = pair.sample(action, (*held, action.acting)) if sampled else None
+    chunks = pair.chunks(action.parameter) if rows is None else pair.ranges(action.parameter, rows)
+    for whole_a, whole_b in chunks:
         x, y = (
             view_block(whole, action, (*held, action.acting), shape).reshape(*kept, -1) + action.chart
             for whole in (whole_a, whole_b)

@@ -16,7 +16,7 @@ from regauge.atlas import Generator, Kind
 from regauge.elements import Element, Matrix, Permutation
 from regauge.errors import RegaugeError
 from regauge.groups import need
-from regauge.matching.correlate import grams, products
+from regauge.matching.correlate import crossed, products
 from regauge.matching.general import balanced
 from regauge.matching.moved import Pair
 from regauge.matching.order import View
@@ -78,7 +78,7 @@ def improved(pair: Pair, generator: Generator, views: Sequence[View]) -> Element
     """A better permutation by the weighed sum of ⟨a, b⟩ over all its blocks, or None if there is none."""
     total = torch.zeros(generator.count, generator.size, generator.size, dtype=torch.float64)
     for view in views:
-        total += pair.weight(view.action.parameter) * grams(pair, generator, view)[0]
+        total += pair.weight(view.action.parameter) * crossed(pair, generator, view)
     index = _assigned(total)
     now = total.diagonal(dim1=1, dim2=2).sum()
     then = total.gather(2, index[:, :, None]).sum()
@@ -124,7 +124,7 @@ def _orthogonal(pair: Pair, generator: Generator, views: Sequence[View]) -> Elem
     n = generator.size
     total = torch.zeros(generator.count, n, n, dtype=torch.float64)
     for view in views:
-        total += pair.weight(view.action.parameter) * grams(pair, generator, view)[0]
+        total += pair.weight(view.action.parameter) * crossed(pair, generator, view)
     fixed = generator.kind is Kind.ORTHOGONAL_ONES
     if fixed:
         total = total - total.mean(1, keepdim=True)

@@ -151,8 +151,10 @@ def _count(copies: Sequence[tuple[str, int]]) -> int:
 def _blocks(pair: Pair, layout: Layout) -> _Blocks:
     sums: list[list[torch.Tensor]] = [[], [], []]
     features: list[float] = []
+    signs = all(generator.kind is Kind.SIGN for generator in layout.generators)
     for action, extra in layout.blocks:
-        for total, part in zip(sums, diagonals(pair, action, (*extra, *layout.common)), strict=True):
+        products = diagonals(pair, action, (*extra, *layout.common), sampled=signs)
+        for total, part in zip(sums, products, strict=True):
             total.append(pair.weight(action.parameter) * part.reshape(-1, layout.units))
         rows = sums[0][-1].shape[0]
         features += [math.prod(sizes_of(action).values()) / (rows * layout.units)] * rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,12 +13,12 @@ import torch
 from regauge.atlas import Action, Atlas
 from regauge.checkpoint import Checkpoint
 from regauge.discover import Gauge, traced_only
-from regauge.errors import Refused
 from regauge.matching.normal import normal_recipe, null_actions, without_null
 from regauge.model import CheckpointModel
 from regauge.module_model import ModuleModel
 from regauge.moves import State
 from regauge.plan import Rewrite
+from regauge.planner import plan_or_nothing
 from regauge.trace import Trace, untie
 from regauge.vocabulary import Vocabulary, token_axes
 
@@ -107,7 +107,8 @@ class Side:
 def side_of_module(model: ModuleModel, *, structure: bool = True, name: str = "module") -> Side:
     """The normal form of a module in memory."""
     model = replace(model, gauge=traced_only(model.gauge))
-    plan, state, gauge = _planned(lambda: model.plan(normal_recipe(structure=structure), 0), model.gauge)
+    recipe = normal_recipe(structure=structure)
+    plan, state, gauge = plan_or_nothing(lambda: model.plan(recipe, 0), model.gauge)
 
     def values(parameter: str, rows: Rows = None) -> torch.Tensor:
         whole = model.read(plan, parameter)
@@ -122,7 +123,7 @@ def side_of_model(
     """The normal form of an open checkpoint; weights are streamed when they are read."""
     model = replace(model, gauge=traced_only(model.gauge)) if structure else model
     recipe = normal_recipe(structure=structure, untie=untie)
-    plan, state, gauge = _planned(lambda: model.plan(recipe, 0), model.gauge)
+    plan, state, gauge = plan_or_nothing(lambda: model.plan(recipe, 0), model.gauge)
     view = model.view(plan)
 
     def values(parameter: str, rows: Rows = None) -> torch.Tensor:
@@ -171,13 +172,6 @@ def sides_of(
         side_of_model(a, structure=structure, untie=untie, name=names[0]),
         side_of_model(b, structure=structure, untie=untie, name=names[1]),
     )
-
-
-def _planned(plan: Callable[[], tuple[Rewrite, State, Gauge]], gauge: Gauge) -> tuple[Rewrite, State, Gauge]:
-    try:
-        return plan()
-    except Refused:  # Every move was: the model is in its normal form.
-        return Rewrite(), State(), gauge
 
 
 def _side(name: str, plan: Rewrite, state: State, gauge: Gauge, values: Reader) -> Side:

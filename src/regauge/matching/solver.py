@@ -16,9 +16,12 @@ from regauge.matching.order import LINEAR, Unknown, View, sizes_of
 from regauge.matching.scales import Layout, solve_diagonals
 
 SWEEPS = 8
+SIGNED = (Kind.SIGN, Kind.SCALE)
 _MATRICES = (Kind.COMPLEX, Kind.ORTHOGONAL_ONES, Kind.ORTHOGONAL, Kind.GENERAL_LINEAR)
 _THIN = 0.2
 """Share of a generator's features below which what is clear is a weak hint only."""
+_ENOUGH = 64
+"""So many clear features tell units apart whatever their share: cosines of strangers are 1/8 in the mean."""
 
 Tell = Callable[[int, int], None]
 Bundle = tuple[Generator, ...]
@@ -47,12 +50,15 @@ def run(pair: Pair, generators: Sequence[Generator], tell: Tell = lambda done, t
     left = bundles(linear)
     total = len(left)
     order: list[Bundle] = []
+    partly: list[Bundle] = []
     loose: dict[str, Generator] = {}
     while left:
         ranked = [(rank, i) for i, bundle in enumerate(left) if (rank := _rank(bundle, unknown)) is not None]
         if not ranked:
             break
         bundle = left.pop(min(ranked)[1])
+        if any(g.kind in SIGNED for g in bundle) and _clear(bundle, unknown) != _clear(bundle, Unknown(())):
+            partly.append(bundle)
         _solve(pair, bundle, unknown, loose)
         for generator in bundle:
             unknown.solved(generator)
@@ -60,6 +66,8 @@ def run(pair: Pair, generators: Sequence[Generator], tell: Tell = lambda done, t
         tell(len(order), total)
     if loose:
         _again(pair, order, loose)
+    for bundle in partly:  # A unit may be nothing in all that was clear, and then its sign is a guess.
+        _solve(pair, bundle, Unknown(()), {})
     return Found(tuple(order), tuple(g for bundle in left for g in bundle), tuple(loose.values()))
 
 
@@ -176,7 +184,8 @@ def _rank(bundle: Bundle, unknown: Unknown) -> tuple[float, int] | None:
             late = 0.75
         return late, -clear
     for level in (0, 1, 2):
-        if levels[level] and levels[level] >= _THIN * whole:
+        enough = levels[level] >= _ENOUGH and not level
+        if levels[level] and (enough or levels[level] >= _THIN * whole):
             return (level + (0.25 if level else 0.0)), -levels[level]
     return None
 

@@ -13,10 +13,8 @@ import torch
 
 from regauge.certify.run import run
 from regauge.certify.sides import StoredWeights
-from regauge.checkpoint import Checkpoint
-from regauge.hf import HFModel, checkpoint_names
+from regauge.model import CheckpointModel
 from regauge.provenance.signs import signs
-from regauge.trace import Trace
 
 NUMBERS = 64
 BATCH, LENGTH, SEED = 3, 7, 20261121
@@ -26,16 +24,14 @@ STEP = 1e-3
 _CHUNK = 1 << 16
 
 
-def behaviour(held: HFModel, traced: Trace, files: Checkpoint) -> np.ndarray:
+def behaviour(model: CheckpointModel) -> np.ndarray:
     """Signed sums of the outputs on fixed random inputs, over the norm of the outputs.
 
     The inputs follow from the forward signature and the sizes in the configuration alone. Only logits are
     looked at where the model gives any, else everything that it returns.
 
     Args:
-        held: the model without weights.
-        traced: its trace on ``held.inputs``.
-        files: its weights.
+        model: an open checkpoint.
 
     Returns:
         float64 [NUMBERS], each about as large as a standard normal variable.
@@ -43,9 +39,9 @@ def behaviour(held: HFModel, traced: Trace, files: Checkpoint) -> np.ndarray:
     Raises:
         TraceError, BadInput, CheckpointError: the model cannot be run.
     """
-    weights = StoredWeights(files, checkpoint_names(held, files.names))
-    inputs = held.real_inputs(batch=BATCH, length=LENGTH, seed=SEED)
-    return summary(run(traced, weights, held.buffers(), inputs))
+    weights = StoredWeights(model.files, model.names)
+    inputs = model.held.real_inputs(batch=BATCH, length=LENGTH, seed=SEED)
+    return summary(run(model.gauge.trace, weights, model.held.buffers(), inputs))
 
 
 def summary(outputs: tuple[torch.Tensor, ...]) -> np.ndarray:

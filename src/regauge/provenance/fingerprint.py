@@ -15,10 +15,10 @@ import numpy as np
 
 from regauge.checkpoint import Checkpoint
 from regauge.errors import BadInput, Refused, RegaugeError
-from regauge.hf import read_config
+from regauge.model import CheckpointModel
 from regauge.provenance.behaviour import behaviour, digest
 from regauge.provenance.network import network
-from regauge.provenance.normal_form import normal_form, opened
+from regauge.provenance.normal_form import normal_form
 from regauge.provenance.sketch import LENGTH, sketches
 from regauge.sources import resolve
 from regauge.stages import Progress, silent
@@ -116,21 +116,20 @@ def fingerprint(
     path = resolve(source)
     with Checkpoint.open(path) as files:
         tell("finding the gauge", 0, 1)
-        held, traced = opened(path)
-        form = normal_form(path, files, (held, traced))
-        found = sketches(network(form), lambda done, total: tell("sketching", done, total))
+        model = CheckpointModel.of(path, files)
+        found = sketches(network(normal_form(model)), lambda done, total: tell("sketching", done, total))
         details: dict[str, Any] = {"products": dict(found.counts), "missing": list(found.missing)}
         numbers: np.ndarray | None = None
         if run:
             tell("running", 0, 1)
             try:
-                numbers = behaviour(held, traced, files)
+                numbers = behaviour(model)
             except Refused:
                 raise
             except RegaugeError as error:
                 details["not run"] = error.message
         parameters = sum(math.prod(files.shape(name)) for name in files.names)
-        named = read_config(path).get("architectures") or ["unknown"]
+        named = model.config.get("architectures") or ["unknown"]
     return Fingerprint(
         vector=found.vector.astype(np.float32),
         behaviour=numbers,

@@ -6,30 +6,28 @@ scales); then every tied parameter has a copy for each role, and every gain that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
-from regauge.apply import RewrittenView
 from regauge.atlas import Atlas
-from regauge.checkpoint import Checkpoint
 from regauge.discover import Gauge, traced_only
 from regauge.errors import Refused
-from regauge.hf import HFModel, checkpoint_names, load_meta, patched_config, read_config
-from regauge.jobs import with_new_names
+from regauge.model import CheckpointModel
 from regauge.moves.base import Scene, State
 from regauge.moves.fold import plan_fold_scales
-from regauge.patches import restructured
-from regauge.plan import Rewrite, Step
-from regauge.planner import make_plan
-from regauge.recipe import parse_recipe
-from regauge.trace import Trace, trace
+from regauge.plan import Step
+from regauge.planner import plan_or_nothing
+from regauge.recipe import MoveSpec, Recipe
+from regauge.trace import Trace
 
-STRUCTURAL = ("collapse", "fold-batchnorm", "fold-layer-scale")
+_RECIPE = Recipe(
+    moves=tuple(
+        MoveSpec(name=name, options={}, optional=True)
+        for name in ("collapse", "fold-batchnorm", "fold-layer-scale")
+    )
+)
 """Moves that bring one function stored in several ways to one, before ties and gains are looked at."""
 
 Rows = Callable[[str, int, int, int], torch.Tensor]
@@ -72,41 +70,11 @@ class NormalForm:
         return value
 
 
-def normal_form(path: Path, files: Checkpoint, given: tuple[HFModel, Trace] | None = None) -> NormalForm:
-    """The normal form of a directory. ``files`` must stay open while it is read.
-
-    Args:
-        given: the model without weights and its trace, if there are any already.
-
-    Raises:
-        BadInput, CheckpointError, TraceError: the directory cannot be used.
-    """
-    held, traced = given or opened(path)
-    source = read_config(path)
-    names = checkpoint_names(held, files.names)
-    gauge = Gauge(traced)
-
-    def config(plan: Rewrite) -> dict[str, Any]:
-        now = {**source, **plan.config}
-        return {**now, **patched_config(now, plan.patches)} if plan.patches else now
-
-    def plain(plan: Rewrite) -> dict[str, Any]:
-        return {**source, **plan.config}
-
-    def rebuilt(plan: Rewrite) -> HFModel:
-        return load_meta(config(plan))
-
-    def retrace(plan: Rewrite) -> Gauge:
-        changed = rebuilt(plan)
-        return Gauge(trace(changed.model, (), changed.inputs))
-
-    plan, gauge = _planned(
-        gauge,
-        lambda so_far: RewrittenView(files, so_far, names).read,
-        retrace,
-        config=plain,
-    )
-    view = RewrittenView(files, plan, with_new_names(names, plan))
+def normal_form(model: CheckpointModel) -> NormalForm:
+    """The normal form of an open checkpoint, whose files must stay open while it is read."""
+    traced = replace(model, gauge=traced_only(model.gauge))
+    plan, _, gauge = plan_or_nothing(lambda: traced.plan(_RECIPE, 0), traced.gauge)
+    view = model.view(plan)
     canonical = gauge.trace.canonical
 
     def rows(name: str, axis: int, start: int, stop: int) -> torch.Tensor:
@@ -116,53 +84,6 @@ def normal_form(path: Path, files: Checkpoint, given: tuple[HFModel, Trace] | No
         return view.read_rows(known, start, stop, axis)
 
     return folded_form(traced_only(gauge), rows)
-
-
-def opened(path: Path) -> tuple[HFModel, Trace]:
-    """A directory's model without weights, and its trace."""
-    held = load_meta(path)
-    return held, trace(held.model, (), held.inputs)
-
-
-def normal_form_of_module(
-    model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any], *, outputs: Sequence[str] | None = None
-) -> NormalForm:
-    """The normal form of a module; inputs as for :func:`regauge.inspect`. The module is left as it is."""
-    from regauge.api import given_inputs
-
-    args, kwargs = given_inputs(inputs)
-    state = {name: value.detach().cpu() for name, value in model.state_dict(keep_vars=True).items()}
-
-    def retrace(plan: Rewrite) -> Gauge:
-        return Gauge(trace(restructured(model, plan.copies, plan.patches), args, kwargs, outputs=outputs))
-
-    def view(plan: Rewrite) -> Callable[[str], torch.Tensor]:
-        return lambda name: plan.value(name, state.__getitem__)
-
-    plan, gauge = _planned(Gauge(trace(model, args, kwargs, outputs=outputs)), view, retrace)
-    canonical = gauge.trace.canonical
-
-    def rows(name: str, axis: int, start: int, stop: int) -> torch.Tensor:
-        known = name if name in state or name in plan.made or name in plan.copies else canonical[name]
-        value = plan.value(known, state.__getitem__)
-        return value.narrow(axis, start, stop - start) if value.dim() else value
-
-    return folded_form(traced_only(gauge), rows)
-
-
-def _planned(
-    gauge: Gauge,
-    view: Callable[[Rewrite], Callable[[str], torch.Tensor]],
-    retrace: Callable[[Rewrite], Gauge],
-    **config: Any,
-) -> tuple[Rewrite, Gauge]:
-    gauge = traced_only(gauge)
-    recipe = parse_recipe({"moves": [{"name": name, "optional": True} for name in STRUCTURAL]})
-    try:
-        plan, _, gauge = make_plan(gauge, recipe, 0, view, retrace=retrace, **config)
-    except Refused:
-        return Rewrite(), gauge
-    return plan, gauge
 
 
 def folded_form(gauge: Gauge, rows: Rows) -> NormalForm:
