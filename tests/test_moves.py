@@ -44,6 +44,8 @@ TRACED = {
     "merge": ("llama", "gpt2", "whisper", "picture_stack", "gate_rectified"),
     "grow": ("llama-tied", "gpt2", "gemma3", "picture_stack", "gate_rectified"),
     "complex": ("llama", "gpt2", "whisper", "picture_stack", "gate_rectified"),
+    "upgrade": ("llama", "gemma3", "gpt2", "bert", "picture_stack"),
+    "collapse": ("llama", "gemma3", "gpt2", "whisper", "vit", "picture_stack"),
     "fold-embedding-scale": ("llama", "gemma3", "granite", "opt", "rectified"),
 }
 """Moves that trace the model again for every trial, and the members of the zoo they are tried on here."""

@@ -134,6 +134,12 @@ def load_config(source: Any) -> Any:
         ) from error
 
 
+def dtype_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, str]:
+    """Entries of ``config.json`` that say how weights are stored, under the names that ``config`` has."""
+    old = "torch_dtype" in config
+    return dict.fromkeys(("dtype", "torch_dtype")[: 1 + old], str(dtype).removeprefix("torch."))
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """The content of ``config.json``. Raises ``BadInput`` if it is missing or not a JSON object."""
     path = directory / "config.json"

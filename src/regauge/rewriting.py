@@ -18,6 +18,7 @@ from regauge.certify.certificate import software
 from regauge.checkpoint import Checkpoint
 from regauge.cuts import check_cuts, measured
 from regauge.errors import NotEquivalent, RegaugeError
+from regauge.hf import dtype_config
 from regauge.jobs import tensor_copies, tensor_drops, tensor_made
 from regauge.model import CheckpointModel
 from regauge.modeling_regauge import KEY
@@ -147,8 +148,7 @@ def carry_out(
     view = RewrittenView(files, plan, names)
     config = model.changes(plan)
     if dtype is not None:
-        old = "torch_dtype" in source_config
-        config |= dict.fromkeys(("dtype", "torch_dtype")[: 1 + old], str(dtype).removeprefix("torch."))
+        config |= dtype_config(source_config, dtype)
     with StagedOutput(
         target,
         files,

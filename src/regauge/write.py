@@ -276,17 +276,7 @@ class StagedOutput:
             self._journal.close()
 
     def _check_place(self) -> None:
-        if self.out.is_symlink() or (
-            self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir()))
-        ):
-            raise _taken(self.out)
-        if not self.out.parent.is_dir():
-            raise BadInput(
-                "there is nowhere to write",
-                expected=f"an existing directory {self.out.parent}",
-                found="none",
-                way_out=f"mkdir -p {self.out.parent}",
-            )
+        check_free(self.out)
         root = self.source.path.resolve()
         if root in self.out.resolve().parents and (self.source.side_files or self.source.index):
             raise BadInput(
@@ -386,6 +376,19 @@ def _sync(path: Path) -> None:
         os.fsync(file)
     finally:
         os.close(file)
+
+
+def check_free(out: Path) -> None:
+    """Raises ``BadInput`` unless ``out`` is an empty directory, or could become a directory."""
+    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+        raise _taken(out)
+    if not out.parent.is_dir():
+        raise BadInput(
+            "there is nowhere to write",
+            expected=f"an existing directory {out.parent}",
+            found="none",
+            way_out=f"mkdir -p {out.parent}",
+        )
 
 
 def _taken(out: Path) -> BadInput:

@@ -27,7 +27,7 @@ from regauge.merging.result import Merged, Source
 from regauge.shards import DTYPES
 from regauge.sources import resolve
 from regauge.stages import Clock, Progress, silent
-from regauge.write import StagedOutput
+from regauge.write import StagedOutput, check_free
 
 
 def merge(
@@ -142,9 +142,11 @@ class _Job:
         with ExitStack() as stack:
             given = [stack.enter_context(Checkpoint.open(path)) for path in self.paths]
             self.digests = [held.digest() for held in given]
+        from regauge.hf import dtype_config, read_config
+
         config: dict[str, Any] = {}
         if dtype is not None:
-            config = dict.fromkeys(_dtype_keys(self.used[0]), str(dtype).removeprefix("torch."))
+            config = dtype_config(read_config(self.used[0]), dtype)
         aligned = [similarity is not None for similarity in self.similarities]
         parts = [self.digests, aligned, repr(self.settings), str(dtype), software()]
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -257,20 +259,7 @@ class _Job:
 
 
 def _check_asked(target: Path, text: object, barrier: bool, count: int, based: bool) -> None:
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise BadInput(
-            "the output exists already",
-            expected="a path that does not exist, or an empty directory",
-            found=str(target),
-            way_out="choose another path; nothing is ever overwritten",
-        )
-    if not target.parent.is_dir():
-        raise BadInput(
-            "there is nowhere to write",
-            expected=f"an existing directory {target.parent}",
-            found="none",
-            way_out=f"mkdir -p {target.parent}",
-        )
+    check_free(target)
     if barrier and (text is None or count != 2 or based):
         raise BadInput(
             "the barrier is that of the line between two models, on a text",
@@ -287,12 +276,6 @@ def _overflow(name: str, exact: torch.Tensor, dtype: torch.dtype) -> CheckpointE
         found=f"{exact.abs().max().item():g}",
         way_out="--dtype float32 or --dtype bfloat16",
     )
-
-
-def _dtype_keys(directory: Path) -> tuple[str, ...]:
-    from regauge.hf import read_config
-
-    return ("dtype", "torch_dtype") if "torch_dtype" in read_config(directory) else ("dtype",)
 
 
 def _manifest(found: Merged, staged: StagedOutput) -> dict[str, Any]:
