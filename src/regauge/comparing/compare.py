@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from regauge.elements import DIAGONAL, Diagonal, Element, Permutation
 from regauge.errors import BadInput, Refused
 from regauge.matching import Alignment, align_sides
 from regauge.matching.sides import open_sides
+from regauge.renaming import named_again
 from regauge.sources import resolve
 from regauge.stages import Clock, Progress, silent
 from regauge.vocabulary import Vocabulary, shared_vocabulary
@@ -47,12 +49,34 @@ def compare(
 
     Raises:
         BadInput, CheckpointError, TraceError: a source that cannot be used.
-        Refused: the models can neither be aligned nor run on the same inputs.
+        Refused: the models can neither be aligned nor run on the same inputs; or b's tensors have names that
+            its architecture does not have, and their contents do not tell all of them apart.
     """
     tell = progress or silent
     path_a, path_b = resolve(a), resolve(b)
-    clock = Clock()
     tell("tracing", 0, 1)
+    with named_again(path_a, path_b) as (named, names):
+        found = _compared(path_a, named, text=text, seed=seed, max_memory=max_memory, tell=tell)
+    if names is None:
+        return found
+    if names.unsure and not found.equivalent:
+        raise Refused(
+            "the tensors have names that the architecture does not have, and contents do not tell them apart",
+            parameter=names.unsure[0],
+            expected="one tensor that is more like the parameter of a than all others of its shape",
+            found=f"several for {len(names.unsure)} parameters; as named by likeness: {found.reason}",
+            way_out="rename the tensors as save_pretrained does",
+        )
+    certificate = found.certificate
+    if certificate is not None:
+        certificate = replace(certificate, b=replace(certificate.b, name=path_b.name))
+    return replace(found, b=path_b.name, certificate=certificate, renamed=names.count)
+
+
+def _compared(
+    path_a: Path, path_b: Path, *, text: str | Path | None, seed: int, max_memory: int | None, tell: Progress
+) -> Comparison:
+    clock = Clock()
     alignment, refused, changes = None, None, ()
     known = calibration()
     shared, common = shared_vocabulary(path_a, path_b), False

@@ -87,6 +87,7 @@ class Comparison:
         certificate: both run on the same inputs; None where their inputs or outputs differ.
         seconds: time by stage.
         vocabulary: where tokens are numbered differently; None where they are not, or are not known.
+        renamed: tensors of b with names that its architecture does not have, named by their contents.
     """
 
     relation: Relation
@@ -106,6 +107,7 @@ class Comparison:
     certificate: Certificate | None
     seconds: Mapping[str, float]
     vocabulary: Renumbering | None = None
+    renamed: int = 0
     version: int = COMPARISON_VERSION
 
     @property

@@ -44,6 +44,8 @@ def render(found: Comparison) -> RenderableType:
     ]
     for change in found.changes:
         parts.append(Text.assemble("  ", (change.kind, "bold"), f": {change.evidence}"))
+    if found.renamed:
+        parts.append(Text(f"{found.renamed} tensors of b were named by their contents", style="dim"))
     if found.vocabulary is not None:
         parts.append(Text(_vocabulary(found.vocabulary), style="dim"))
     if found.similarity is None:

@@ -70,6 +70,23 @@ def correspond(a: Side, b: Side) -> Correspondence:
     return Correspondence(names, only_a, only_b, idle)
 
 
+def paired_by_use(a: Trace, b: Trace) -> dict[str, str]:
+    """Parameter of a -> parameter of b, by what the graphs do with them; values are not looked at.
+
+    Matrices first: vectors that only one of them has do not shift what is between two of them, nor do gains
+    of a norm pass for the bias of a map.
+    """
+    uses_a, uses_b = _uses(a, frozenset(), True, exact=True), _uses(b, frozenset(), True, exact=True)
+    first = _paired(
+        [use for use in uses_a if len(a.shapes[use[1]]) > 1],
+        [use for use in uses_b if len(b.shapes[use[1]]) > 1],
+    )
+    back = {other: name for name, other in first.items()}
+    marked_a: list[Use] = [(name if name in first else key, name) for key, name in uses_a]
+    marked_b: list[Use] = [(back.get(name, key), name) for key, name in uses_b]
+    return _paired(marked_a, marked_b)
+
+
 def _paired(uses_a: Sequence[Use], uses_b: Sequence[Use]) -> dict[str, str]:
     names: dict[str, str] = {}
     taken: set[str] = set()
@@ -83,8 +100,11 @@ def _paired(uses_a: Sequence[Use], uses_b: Sequence[Use]) -> dict[str, str]:
     return names
 
 
-def _uses(trace: Trace, plain: frozenset[str], shaped: bool) -> list[Use]:
-    """((what is done with it, its number of axes or its shape), parameter), in the order of first use."""
+def _uses(trace: Trace, plain: frozenset[str], shaped: bool, *, exact: bool = False) -> list[Use]:
+    """((what is done with it, its number of axes or its shape), parameter), in the order of first use.
+
+    With ``exact``, what is done with a vector is the operation, and which argument it is.
+    """
     carried: dict[fx.Node, str] = {}
     found: dict[str, Hashable] = {}
     for node in trace.graph.nodes:
@@ -100,11 +120,12 @@ def _uses(trace: Trace, plain: frozenset[str], shaped: bool) -> list[Use]:
             if first in carried:
                 carried[node] = carried[first]
             continue
-        for argument in node.args:
+        for place, argument in enumerate(node.args):
             if isinstance(argument, fx.Node) and argument in carried:
                 name = carried[argument]
                 shape = trace.shapes[name]
-                found.setdefault(name, (_doing(operation), shape if shaped else len(shape)))
+                doing = (operation, place) if exact and len(shape) < 2 else _doing(operation)
+                found.setdefault(name, (doing, shape if shaped else len(shape)))
     return [(key, name) for name, key in found.items()]
 
 

@@ -1,0 +1,190 @@
+"""A copy of a directory in which every tensor has the name that its architecture gives it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from regauge.atlas import Action, Kind
+from regauge.checkpoint import Checkpoint
+from regauge.elements import DIAGONAL
+from regauge.errors import CheckpointError, Refused
+from regauge.hf import HFModel, checkpoint_names, load_meta
+from regauge.matching.correspondence import paired_by_use
+from regauge.matching.sides import side_of_model
+from regauge.model import CheckpointModel
+from regauge.renaming.anchors import LARGEST
+from regauge.renaming.assign import Assigned, Assignment
+from regauge.shards import read_index, weight_files
+from regauge.trace import Trace, trace, untie
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """What was named again.
+
+    Attributes:
+        count: tensors that got another name.
+        unsure: parameters that another tensor would fit as well.
+    """
+
+    count: int
+    unsure: tuple[str, ...]
+
+
+@contextmanager
+def named_again(a: Path, b: Path) -> Generator[tuple[Path, Renamed | None]]:
+    """b with names that its architecture has; b itself and None where it has them.
+
+    Shapes and contents decide, never names; contents are compared with those of a, in what no move along the
+    gauge changes. The copy lies in a temporary directory, and is gone at the end.
+
+    Raises:
+        CheckpointError, Refused: as :func:`regauge.hf.checkpoint_names` on b, where shapes do not fit either.
+        BadInput: a directory that cannot be used.
+    """
+    held = load_meta(b)
+    with Checkpoint.open(b) as files:
+        try:
+            checkpoint_names(held, files.names)
+        except (CheckpointError, Refused) as error:
+            found = _found(a, held, files)
+            if found is None:
+                raise error from None
+        else:
+            found = None
+    if found is None:
+        yield b, None
+        return
+    with tempfile.TemporaryDirectory(prefix="regauge-named-") as folder:
+        names = {tensor: name for name, tensor in found.names.items()}
+        _copied(b, Path(folder), names)
+        changed = sum(tensor != name for tensor, name in names.items())
+        yield Path(folder), Renamed(changed, found.unsure)
+
+
+class _Model:
+    """A model whose names are known, as it is stored and as its folds leave it."""
+
+    def __init__(self, model: CheckpointModel, traced: Trace) -> None:
+        self.plain, self.folded = model, side_of_model(model, structure=False)
+        pairs = paired_by_use(untie(traced), untie(model.gauge.trace))
+        self.order = list(dict.fromkeys(traced.canonical[name] for name in pairs))
+        shapes = untie(model.gauge.trace).shapes
+        self.pairs = {
+            traced.canonical[name]: other
+            for name, other in reversed(pairs.items())
+            if traced.shapes[traced.canonical[name]] == shapes[other]
+        }
+
+    def forms(self, name: str) -> list[torch.Tensor]:
+        if name not in self.pairs:
+            return []
+        other = self.pairs[name]
+        stored = read_some(self.plain.files, self.plain.names[other])
+        return [stored, *(self._folded(other) if other in self.folded.shapes else ())]
+
+    def _folded(self, name: str) -> Iterator[torch.Tensor]:
+        pieces = runs(self.folded.shapes[name])
+        yield (
+            torch.cat([self.folded.read(name, piece) for piece in pieces])
+            if pieces
+            else self.folded.read(name)
+        )
+
+    def chart(self, name: str) -> float:
+        return next((action.chart for _, action in self._actions(name)), 0.0)
+
+    def _actions(self, name: str) -> Iterator[tuple[Kind, Action]]:
+        for generator in self.folded.atlas.generators:
+            for action in generator.actions:
+                if action.parameter == self.pairs.get(name):
+                    yield generator.kind, action
+
+    def scaled(self, name: str) -> tuple[int, int] | None:
+        for kind, action in self._actions(name):
+            if kind in DIAGONAL and len(action.parts) == 1:
+                factors = action.parts[0].factors
+                whole = action.parts[0].size == self.folded.shapes[action.parameter][0]
+                if whole and len(factors) == 2 and factors[-1].name == action.acting:
+                    return factors[-1].size, factors[0].size
+        return None
+
+
+def _found(a: Path, held: HFModel, files: Checkpoint) -> Assigned | None:
+    traced = trace(held.model, (), held.inputs)
+    order = sorted(files.names, key=_natural)
+    stored = {name: tuple(files.shape(name)) for name in order if files.dtype(name).is_floating_point}
+    with Checkpoint.open(a) as known:
+        model = _Model(CheckpointModel.of(a, known), traced)
+        kept = model_tensors(held)
+        shapes = {
+            n: tuple(traced.shapes[n]) for n in dict.fromkeys([*model.order, *traced.shapes]) if n in kept
+        }
+        assignment = Assignment(shapes, stored, model, partial(read_some, files))
+        return assignment.run() if assignment.fits() else None
+
+
+def runs(shape: Sequence[int]) -> list[tuple[int, int]]:
+    """Ranges of rows, evenly over a long table; empty: all of it."""
+    if len(shape) < 2 or shape[0] <= 4 * LARGEST:
+        return []
+    count = 16
+    blocks = LARGEST // count
+    return [
+        (start, start + count) for start in (i * (shape[0] - count) // (blocks - 1) for i in range(blocks))
+    ]
+
+
+def read_some(files: Checkpoint, name: str) -> torch.Tensor:
+    """A stored tensor, or rows of a long table, float64."""
+    pieces = runs(files.shape(name))
+    found = torch.cat([files.read_rows(name, *piece) for piece in pieces]) if pieces else files.read(name)
+    return found.to(torch.float64)
+
+
+def model_tensors(held: HFModel) -> set[str]:
+    """Names of what a checkpoint of the model stores."""
+    return {n for n, t in held.model.state_dict(keep_vars=True).items() if t.is_floating_point()}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Numbers in a name as numbers."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _copied(source: Path, out: Path, names: Mapping[str, str]) -> None:
+    shards, index = weight_files(source)
+    for path in source.iterdir():
+        if path.is_file() and path.name not in shards and path.name != index:
+            shutil.copyfile(path, out / path.name)
+    taken = set(names.values())
+
+    def name(tensor: str) -> str:
+        return names.get(tensor) or (f"unused.{tensor}" if tensor in taken else tensor)
+
+    for shard in shards:
+        _shard(source / shard, out / shard, name)
+    if index is not None:
+        held = {name(tensor): file for tensor, file in read_index(source, index).items()}
+        (out / index).write_text(json.dumps({"metadata": {}, "weight_map": held}))
+
+
+def _shard(source: Path, out: Path, name: Callable[[str], str]) -> None:
+    """The bytes of the tensors as they are, behind a header with other names."""
+    with source.open("rb") as old, out.open("wb") as new:
+        length = int.from_bytes(old.read(8), "little")
+        header = json.loads(old.read(length))
+        text = json.dumps({k if k == "__metadata__" else name(k): v for k, v in header.items()}).encode()
+        text += b" " * (-len(text) % 8)
+        new.write(len(text).to_bytes(8, "little") + text)
+        shutil.copyfileobj(old, new, 1 << 24)
