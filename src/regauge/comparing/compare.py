@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,25 +78,35 @@ def _compared(
     path_a: Path, path_b: Path, *, text: str | Path | None, seed: int, max_memory: int | None, tell: Progress
 ) -> Comparison:
     clock = Clock()
-    alignment, refused, changes = None, None, ()
+    alignment, pair, refused, changes = None, None, None, ()
+    certificate, unlike = None, None
     known = calibration()
     shared, common = shared_vocabulary(path_a, path_b), False
-    try:
-        with open_sides(path_a, path_b, vocabulary=shared) as (first, second):
+    with ExitStack() as stack:
+        try:
+            first, second = stack.enter_context(open_sides(path_a, path_b, vocabulary=shared))
             common = first.common
             alignment, pair = align_sides(first, second, tell)
-            if alignment.similarity >= known.threshold:
-                changes = changes_of(alignment, pair, path_b)
-    except Refused as error:
-        refused = error
-    clock.lap("align")
-    tell("running both", 0, 1)
-    certificate, unlike = None, None
-    try:
-        certificate = certify(path_a, path_b, text=text, seed=seed, max_memory=max_memory, vocabulary=shared)
-    except BadInput as error:
-        unlike = error
-    clock.lap("certify")
+        except Refused as error:
+            refused = error
+        clock.lap("align")
+        tell("running both", 0, 1)
+        try:
+            certificate = certify(
+                path_a, path_b, text=text, seed=seed, max_memory=max_memory, vocabulary=shared
+            )
+        except BadInput as error:
+            unlike = error
+        clock.lap("certify")
+        same = certificate is not None and certificate.passed and not common
+        if (
+            alignment is not None
+            and pair is not None
+            and not same
+            and alignment.similarity >= known.threshold
+        ):
+            changes = changes_of(alignment, pair, path_b)
+            clock.lap("kinds of change")
     if alignment is None and certificate is None:
         assert refused is not None
         raise refused from unlike
