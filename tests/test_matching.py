@@ -277,3 +277,19 @@ def test_git_rebasin_permutations_are_found(case: str) -> None:
 def test_git_rebasin_independent_nets_come_as_near() -> None:
     _, distance = _golden("independent")
     assert distance <= golden()["outputs"]["independent"]["dist2_after"]
+
+
+def test_what_positions_show_of_a_stream_comes_before_its_heads() -> None:
+    """A table of positions is a small share of all that reads a stream, and enough to number its channels."""
+    a = known("whisper", max_source_positions=100, encoder_layers=4)
+    pair, solved = _once(a, moved(a, elements_of(a, 1)))
+    rows = next(n for n, shape in a.shapes.items() if shape[0] == 100)
+    width = a.shapes[rows][1]
+    order = [bundle[0] for bundle in solved.order if bundle[0].kind is Kind.PERMUTATION]
+    stream = next(i for i, g in enumerate(order) if rows in g.parameters and g.size == width)
+    inside = [
+        i for i, g in enumerate(order) if i != stream and set(g.parameters) & set(order[stream].parameters)
+    ]
+    assert len(inside) > 4
+    assert stream < min(inside)
+    assert pair.names
