@@ -74,8 +74,10 @@ def disguised(name: str, tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "a", tmp_path / "b"
 
 
-@pytest.mark.parametrize("parts", [True, False])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "opt", "gemma3"])
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("qwen3", True), ("opt", True), ("gemma3", True), ("llama", False), ("gpt2", False)],
+)
 def test_every_tensor_gets_its_name_back(name: str, parts: bool, tmp_path: Path) -> None:
     """Where names have no structure, vectors of few entries may be exchanged, and are said to be unsure."""
     a, b = disguised(name, tmp_path)
