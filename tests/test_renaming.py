@@ -15,7 +15,8 @@ from regauge.comparing import Relation, compare
 from regauge.errors import CheckpointError, Refused
 from regauge.recipe import parse_recipe
 from regauge.renaming import named_again
-from regauge.renaming.anchors import Anchor, matrix_features
+from regauge.renaming.anchors import matrix_features
+from regauge.renaming.assign import Assignment
 from regauge.rewriting import rewrite
 from test_compare import DISGUISE
 
@@ -134,9 +135,30 @@ def test_features_do_not_move_with_the_gauge() -> None:
     draw = torch.Generator().manual_seed(0)
     e, w = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in ((40, 12), (12, 30)))
     q, r = (torch.linalg.qr(torch.randn(n, n, generator=draw, dtype=torch.float64))[0] for n in (12, 30))
-    before = matrix_features(w, [Anchor(e)])
-    after = matrix_features(q.mT @ w @ r, [Anchor(e @ q)])
+    before = matrix_features(w, [e])
+    after = matrix_features(q.mT @ w @ r, [e @ q])
     cosines = [float(x @ y) for x, y in zip(before, after, strict=True)]
     assert cosines[1] > 1 - 1e-12
-    other = matrix_features(torch.randn(12, 30, generator=draw, dtype=torch.float64), [Anchor(e)])
+    other = matrix_features(torch.randn(12, 30, generator=draw, dtype=torch.float64), [e])
     assert abs(float(before[1] @ other[1])) < 0.3
+
+
+class Nobody:
+    """A model that has none of the parameters."""
+
+    def forms(self, name: str) -> list[torch.Tensor]:
+        return []
+
+    def scaled(self, name: str) -> None:
+        return None
+
+    def chart(self, name: str) -> float:
+        return 0.0
+
+
+def test_without_a_counterpart_the_order_of_names_decides_and_nothing_is_sure() -> None:
+    held = {"x": torch.arange(6.0).double().reshape(2, 3), "y": torch.ones(2, 3).double()}
+    shapes = {"p": (2, 3), "q": (2, 3)}
+    found = Assignment(shapes, {"x": (2, 3), "y": (2, 3)}, Nobody(), held.__getitem__).run()
+    assert found.names == {"p": "x", "q": "y"}
+    assert found.unsure == ("p", "q")

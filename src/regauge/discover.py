@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 from regauge.atlas import Atlas, Space
 from regauge.interpret import Walk, interpret
@@ -13,7 +13,7 @@ from regauge.solve.folding import foldable, multipliers
 from regauge.solve.layout import Layout
 from regauge.solve.narrow import Stream, streams
 from regauge.solve.solver import Solver
-from regauge.trace import Trace
+from regauge.trace import Trace, untie
 
 
 def discover(trace: Trace) -> Atlas:
@@ -86,6 +86,11 @@ class Gauge:
         self._walks: dict[bool, tuple[Walk, Layout]] = {}
         self._solvers: dict[tuple[bool, frozenset[str]], Solver] = {}
         self._atlases: dict[tuple[bool, frozenset[str]], Atlas] = {}
+
+    @cached_property
+    def untied(self) -> Trace:
+        """The traced model with a parameter of its own for every role."""
+        return untie(self.trace)
 
     @property
     def tied(self) -> tuple[tuple[str, ...], ...]:

@@ -15,7 +15,7 @@ import torch
 
 from regauge.checkpoint import Checkpoint
 from regauge.errors import BadInput, CheckpointError
-from regauge.shards import DTYPES, Entry, Shard
+from regauge.shards import DTYPES, Entry, Shard, header_bytes
 
 CONFIG = "config.json"
 RECASTS: Mapping[torch.dtype, str] = {
@@ -159,9 +159,7 @@ def _target(
         offsets = [position, position + nbytes]
         content[name] = {"dtype": kind, "shape": list(shape), "data_offsets": offsets}
         position += nbytes
-    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
+    header = header_bytes(content)
     entries: list[Entry] = []
     start = len(header)
     for name, kind, shape, nbytes in wanted:

@@ -17,6 +17,7 @@ from regauge.moves import MOVES, Change, Scene, State
 from regauge.patches import Replaceable, merged, replaceable
 from regauge.plan import Made, Rewrite
 from regauge.recipe import Recipe, check_move
+from regauge.trace import Trace
 
 Reader = Callable[[str], torch.Tensor]
 Unscaled = tuple[Mapping[str, Any], Mapping[str, float]]
@@ -28,7 +29,7 @@ def make_plan(
     recipe: Recipe,
     seed: int,
     view: Callable[[Rewrite], Reader],
-    untie_config: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+    untie_config: Callable[[Mapping[str, Any], Trace], Mapping[str, Any]] | None = None,
     progress: Callable[[str], None] | None = None,
     retrace: Callable[[Rewrite], Gauge] | None = None,
     config: Callable[[Rewrite], Mapping[str, Any]] | None = None,
@@ -43,7 +44,7 @@ def make_plan(
         recipe: moves with checked options.
         seed: each move draws from a generator of its own, seeded by this and its place.
         view: plan so far -> reader of current values by state-dict name.
-        untie_config: content of ``config.json`` -> changes to it that untie.
+        untie_config: content of ``config.json``, and the model of it traced -> changes to it that untie.
         progress: called with the name of each move as it starts.
         retrace: the gauge of the model with the structure of the plan so far; asked for after a move that
             changes the structure.
@@ -73,7 +74,7 @@ def make_plan(
             state,
             view(rewrite),
             random,
-            untie_config=_called(untie_config, now),
+            untie_config=_called(untie_config, now, gauge.trace),
             config=now,
             trial=None if trial is None else partial(trial, rewrite),
             unscale_config=_called(unscale_config, now),
@@ -180,12 +181,12 @@ def _beside(change: Change, before: Rewrite) -> dict[str, Made]:
 
 
 def _called(
-    function: Callable[[Mapping[str, Any]], Any] | None, now: Callable[[], Mapping[str, Any]] | None
+    function: Callable[..., Any] | None, now: Callable[[], Mapping[str, Any]] | None, *more: Trace
 ) -> Callable[[], Any] | None:
-    """The function of the configuration as it is when it is asked for."""
+    """The function of the configuration as it is when it is asked for, and of what else it needs."""
     if function is None or now is None:
         return None
-    return lambda: function(now())
+    return lambda: function(now(), *more)
 
 
 def _ordered(names: Iterable[str]) -> Iterable[str]:

@@ -195,6 +195,13 @@ def read_shard(path: Path, index: str | None = None) -> Shard:
     return Shard(path.name, tuple(entries), metadata, header, size)
 
 
+def header_bytes(content: Mapping[str, object]) -> bytes:
+    """The header of a weight file: its length, and its text, padded to a multiple of 8 bytes."""
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def _entry(name: str, item: Any, file: str, base: int) -> Entry:
     begin, end = item["data_offsets"]
     kind, shape = item["dtype"], tuple(item["shape"])

@@ -9,20 +9,24 @@ from torch import nn
 
 from regauge.errors import Refused
 from regauge.hf import HFModel, load_meta
-from regauge.trace import trace
+from regauge.trace import Trace, trace
 
 
-def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def untied_config(config: Mapping[str, Any], before: Trace | None = None) -> dict[str, Any]:
     """Changes to the top level of ``config.json`` after which the model loads with nothing tied.
 
     Verified by building the model again on the meta device and comparing its parameters and its
     traced operations with the original.
 
+    Args:
+        config: content of ``config.json``.
+        before: the model of it, traced; None to trace it here.
+
     Raises:
         Refused: the model stays tied, or unties only by becoming another function.
     """
     changes = _switched(config, False)
-    before, after = load_meta(config), load_meta({**config, **changes})
+    after = load_meta({**config, **changes})
     tied = [names for names in shared_names(after.model) if len(names) > 1]
     if tied:
         raise Refused(
@@ -30,7 +34,7 @@ def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
             parameter=tied[0][0],
             found="shared with " + ", ".join(tied[0][1:]),
         )
-    _check_operations("untying", before, after)
+    _check_operations("untying", before or _traced(load_meta(config)), after)
     return changes
 
 
@@ -55,7 +59,7 @@ def tied_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[tuple[
             expected="parameters that become one when tie_word_embeddings is true",
             found="the same parameters as before",
         )
-    _check_operations("tying", before, after)
+    _check_operations("tying", _traced(before), after)
     return changes, groups
 
 
@@ -75,14 +79,18 @@ def _switched(config: Mapping[str, Any], tie: bool) -> dict[str, Any]:
     return changes
 
 
-def _check_operations(what: str, before: HFModel, after: HFModel) -> None:
+def _traced(held: HFModel) -> Trace:
+    return trace(held.model, kwargs=held.inputs)
+
+
+def _check_operations(what: str, before: Trace, after: HFModel) -> None:
     operations = [
         [
             (str(node.target), tuple(a for a in node.args if isinstance(a, (int, float))))
-            for node in trace(held.model, kwargs=held.inputs).graph.nodes
+            for node in traced.graph.nodes
             if node.op == "call_function"
         ]
-        for held in (before, after)
+        for traced in (before, _traced(after))
     ]
     if operations[0] != operations[1]:
         raise Refused(

@@ -49,9 +49,7 @@ def changes_of(alignment: Alignment, pair: Pair, path_b: Path) -> tuple[Change, 
 
 def _stored(path: Path) -> list[torch.Tensor]:
     with Checkpoint.open(path) as files:
-        names = [
-            n for n in files.names if len(files.shape(n)) > 1 and math.prod(tuple(files.shape(n))) <= LARGEST
-        ]
+        names = [n for n in files.names if len(files.shape(n)) > 1 and math.prod(files.shape(n)) <= LARGEST]
         held = [files.read(name) for name in _spread(names)]
     return [tensor.to(torch.float32) for tensor in held if tensor.is_floating_point()]
 

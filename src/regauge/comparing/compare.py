@@ -99,12 +99,7 @@ def _compared(
             unlike = error
         clock.lap("certify")
         same = certificate is not None and certificate.passed and not common
-        if (
-            alignment is not None
-            and pair is not None
-            and not same
-            and alignment.similarity >= known.threshold
-        ):
+        if alignment and pair and not same and alignment.similarity >= known.threshold:
             changes = changes_of(alignment, pair, path_b)
             clock.lap("kinds of change")
     if alignment is None and certificate is None:

@@ -16,6 +16,7 @@ from regauge.atlas import Generator, Kind
 from regauge.elements import Element, Matrix, Permutation
 from regauge.errors import RegaugeError
 from regauge.groups import need
+from regauge.matching.assignment import assigned
 from regauge.matching.correlate import crossed, products
 from regauge.matching.general import balanced
 from regauge.matching.moved import Pair
@@ -65,7 +66,7 @@ def solve(pair: Pair, generator: Generator, views: Sequence[View]) -> Element:
     """The best element for what ``views`` show; see :class:`Projection` for one that is not determined."""
     kind = generator.kind
     if kind is Kind.PERMUTATION:
-        return Permutation(_assigned(_scores(pair, generator, views)))
+        return Permutation(assigned(_scores(pair, generator, views)))
     clear = [view for view in views if view.level == 0 and not view.scaled]
     if kind is Kind.COMPLEX:
         return complex_number(pair, generator, clear)
@@ -79,7 +80,7 @@ def improved(pair: Pair, generator: Generator, views: Sequence[View]) -> Element
     total = torch.zeros(generator.count, generator.size, generator.size, dtype=torch.float64)
     for view in views:
         total += pair.weight(view.action.parameter) * crossed(pair, generator, view)
-    index = _assigned(total)
+    index = assigned(total)
     now = total.diagonal(dim1=1, dim2=2).sum()
     then = total.gather(2, index[:, :, None]).sum()
     return Permutation(index) if float(then - now) > 1e-9 * float(total.abs().sum()) else None
@@ -109,14 +110,6 @@ def _scores(pair: Pair, generator: Generator, views: Sequence[View]) -> torch.Te
         scale = norm_a[:, :, None] * norm_b[:, None, :]
         total += found.features * torch.where(scale > 0, alike / scale.clamp_min(1e-300), 0.0)
     return total
-
-
-def _assigned(scores: torch.Tensor) -> torch.Tensor:
-    """index[k, i]: which unit of b is unit i of a, so that the sum of the scores is largest."""
-    from scipy.optimize import linear_sum_assignment
-
-    found = [linear_sum_assignment(table.numpy(), maximize=True)[1] for table in scores]
-    return torch.stack([torch.from_numpy(index).to(torch.int64) for index in found])
 
 
 def _orthogonal(pair: Pair, generator: Generator, views: Sequence[View]) -> Element:

@@ -10,7 +10,7 @@ import torch
 from regauge.act import act_in_place
 from regauge.atlas import Action, Generator
 from regauge.elements import Element
-from regauge.matching.sides import Rows, Side
+from regauge.matching.sides import Rows, Side, evenly
 
 _KEEP = 24 << 20
 """Entries of either model that are kept in memory: 192 MiB in float64."""
@@ -115,8 +115,7 @@ class Pair:
         shape = self.a.shapes[action.parameter]
         if len(shape) < 2 or shape[0] <= 2 * SAMPLE or _touches_rows(action, held, shape):
             return None
-        count = SAMPLE // RUN
-        return [(start, start + RUN) for start in (i * (shape[0] - RUN) // (count - 1) for i in range(count))]
+        return evenly(shape[0], RUN, SAMPLE // RUN)
 
     def moved(self, name: str, rows: Rows = None) -> torch.Tensor:
         """b's counterpart of a's parameter ``name`` as the history leaves it, float64."""

@@ -19,7 +19,7 @@ from regauge.module_model import ModuleModel
 from regauge.moves import State
 from regauge.plan import Rewrite
 from regauge.planner import plan_or_nothing
-from regauge.trace import Trace, untie
+from regauge.trace import Trace
 from regauge.vocabulary import Vocabulary, token_axes
 
 Rows = tuple[int, int] | None
@@ -27,6 +27,11 @@ Rows = tuple[int, int] | None
 
 CHUNK = 1 << 22
 """Entries that are read at once: 32 MiB in float64."""
+
+
+def evenly(total: int, run: int, count: int) -> list[tuple[int, int]]:
+    """``count`` ranges of ``run`` rows each, evenly over ``total`` rows, ends included."""
+    return [(start, start + run) for start in (i * (total - run) // (count - 1) for i in range(count))]
 
 
 class Reader(Protocol):
@@ -176,5 +181,5 @@ def sides_of(
 
 def _side(name: str, plan: Rewrite, state: State, gauge: Gauge, values: Reader) -> Side:
     atlas = gauge.atlas(untied=state.untied, folded=state.folded)
-    traced = untie(gauge.trace) if state.untied else gauge.trace
+    traced = gauge.untied if state.untied else gauge.trace
     return Side(name, traced, atlas, dict(traced.shapes), plan, values, null_actions(atlas), state, gauge)

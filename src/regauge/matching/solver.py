@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from regauge.atlas import Action, Generator, Kind
-from regauge.elements import DIAGONAL, Element
+from regauge.elements import DIAGONAL, Diagonal, Element
 from regauge.matching.general import descended
 from regauge.matching.kinds import Projection, improved, solve
 from regauge.matching.moved import Pair
@@ -16,7 +16,8 @@ from regauge.matching.order import LINEAR, Unknown, View, sizes_of
 from regauge.matching.scales import Layout, solve_diagonals
 
 SWEEPS = 8
-SIGNED = (Kind.SIGN, Kind.SCALE)
+_SIGNED = (Kind.SIGN, Kind.SCALE)
+_SIZED = (Kind.POSITIVE, Kind.SCALE)
 _MATRICES = (Kind.COMPLEX, Kind.ORTHOGONAL_ONES, Kind.ORTHOGONAL, Kind.GENERAL_LINEAR)
 _THIN = 0.2
 """Share of a generator's features below which what is clear is a weak hint only."""
@@ -57,7 +58,7 @@ def run(pair: Pair, generators: Sequence[Generator], tell: Tell = lambda done, t
         if not ranked:
             break
         bundle = left.pop(min(ranked)[1])
-        if any(g.kind in SIGNED for g in bundle) and _clear(bundle, unknown) != _clear(bundle, Unknown(())):
+        if any(g.kind in _SIGNED for g in bundle) and _clear(bundle, unknown) != _clear(bundle, Unknown(())):
             partly.append(bundle)
         _solve(pair, bundle, unknown, loose)
         for generator in bundle:
@@ -66,8 +67,7 @@ def run(pair: Pair, generators: Sequence[Generator], tell: Tell = lambda done, t
         tell(len(order), total)
     if loose:
         _again(pair, order, loose)
-    for bundle in partly:  # A unit may be nothing in all that was clear, and then its sign is a guess.
-        _solve(pair, bundle, Unknown(()), {})
+    _signed_again(pair, partly, order)
     return Found(tuple(order), tuple(g for bundle in left for g in bundle), tuple(loose.values()))
 
 
@@ -153,6 +153,24 @@ def _again(pair: Pair, order: Sequence[Bundle], loose: dict[str, Generator]) -> 
         dropped = {g.id for other in (bundle, *pending) for g in other}
         pair.replace([item for item in pair.history if item[0].id not in dropped])
         _solve(pair, bundle, Unknown([g for other in (bundle, *pending) for g in other]), loose)
+
+
+def _signed_again(pair: Pair, partly: Sequence[Bundle], order: Sequence[Bundle]) -> None:
+    """Solve signs again that were found from a part of what shows them, then the sizes that rested on them.
+
+    A unit may be nothing in all that was clear, and then its sign is a guess. Where a guess was wrong, sizes
+    were found from a and b that agreed less than they could.
+    """
+    turned: set[str] = set()
+    for bundle in partly:
+        _solve(pair, bundle, Unknown(()), {})
+        for generator, element in pair.history[-len(bundle) :]:
+            if isinstance(element, Diagonal) and bool((element.vector < 0).any()):
+                turned.update(generator.parameters)
+    for bundle in order:
+        sized = any(g.kind in _SIZED and not turned.isdisjoint(g.parameters) for g in bundle)
+        if sized and bundle not in partly:
+            _solve(pair, bundle, Unknown(()), {})
 
 
 def _depends(other: Generator, generator: Generator) -> bool:

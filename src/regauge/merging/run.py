@@ -19,6 +19,7 @@ from regauge.checkpoint import Checkpoint, all_finite
 from regauge.comparing.calibration import calibration
 from regauge.cuts import measured
 from regauge.errors import BadInput, CheckpointError, RegaugeError
+from regauge.hf import dtype_config, read_config
 from regauge.merging.barrier import POINTS, Barrier, line
 from regauge.merging.inputs import check_pair, check_values, rows_of
 from regauge.merging.losses import TOKENS, Scorer
@@ -142,8 +143,6 @@ class _Job:
         with ExitStack() as stack:
             given = [stack.enter_context(Checkpoint.open(path)) for path in self.paths]
             self.digests = [held.digest() for held in given]
-        from regauge.hf import dtype_config, read_config
-
         config: dict[str, Any] = {}
         if dtype is not None:
             config = dtype_config(read_config(self.used[0]), dtype)

@@ -20,7 +20,7 @@ from regauge.errors import Refused
 from regauge.growing.trial import Trial
 from regauge.plan import Made, Refit, Step
 from regauge.steps import ActStep
-from regauge.trace import Trace, untie
+from regauge.trace import Trace
 
 
 class Preserves(StrEnum):
@@ -89,7 +89,7 @@ class Scene:
     @property
     def trace(self) -> Trace:
         """The traced model, with a parameter of its own for every role once it is untied."""
-        return untie(self.gauge.trace) if self.state.untied else self.gauge.trace
+        return self.gauge.untied if self.state.untied else self.gauge.trace
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.gauge.trace.shapes[self.gauge.trace.canonical[name]])

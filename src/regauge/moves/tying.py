@@ -10,7 +10,6 @@ import torch
 from regauge.errors import Refused
 from regauge.moves.base import Change, Move, Preserves, Scene, State
 from regauge.patches import Patch, replaceable
-from regauge.trace import untie
 
 
 def plan_untie(scene: Scene, options: Mapping[str, Any]) -> Change:
@@ -37,7 +36,7 @@ def _own_heads(scene: Scene, refusal: Refused) -> Change:
     first = {alias: names[0] for names in scene.gauge.tied for alias in names}
     patches: list[Patch] = []
     copies: dict[str, str] = {}
-    for module in replaceable(untie(scene.gauge.trace)).values():
+    for module in replaceable(scene.gauge.untied).values():
         held = [name for name in (module.weight, module.bias) if name in first]
         if module.patch["module"] == "linear" and held and all(first[name] != name for name in held):
             patches.append(module.patch)

@@ -11,7 +11,6 @@ axis or the wrong anchor both models give numbers that have nothing to do with e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -24,56 +23,37 @@ _ROUNDING = 2e-2
 """Singular values below this share of the largest are not trusted."""
 
 
-@dataclass(frozen=True)
-class Anchor:
-    """A table, [rows, n] float64, of one of the two models."""
-
-    table: torch.Tensor
-
-    @property
-    def size(self) -> int:
-        return self.table.shape[1]
-
-
-@dataclass(frozen=True)
-class Carrier:
-    """How the vectors of one of the two models come to a common frame: [n, n]."""
-
-    matrix: torch.Tensor
-
-    @property
-    def size(self) -> int:
-        return self.matrix.shape[1]
-
-
-def anchors_of(value: torch.Tensor) -> list[Anchor]:
-    """The tables that a tensor gives: one for each axis, its other axes taken together."""
+def anchors_of(value: torch.Tensor) -> list[torch.Tensor]:
+    """The tables, [rows, n] float64, of a tensor: one for each axis, its other axes taken together."""
     if value.dim() < 2:
         return []
-    found: list[Anchor] = []
+    found: list[torch.Tensor] = []
     for axis in range(value.dim()):
         table = value.movedim(axis, -1).reshape(-1, value.shape[axis])
         rows = min(LARGEST, max(ROWS, 2 * table.shape[1]))
-        found.append(Anchor(evenly(table, rows).to(torch.float64)))
+        found.append(evenly(table, rows).to(torch.float64))
     return found
 
 
-def through(anchor: Anchor, weight: torch.Tensor) -> Anchor | None:
+def through(anchor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
     """The anchor E W⁺ for the other axis of a matrix W, [n, size] or [size, n]; None if it has no such axes.
 
     A map G of that axis sends W to G W and a vector b on it to G b, and leaves E W⁺ b as it is.
     """
-    if weight.dim() != 2 or anchor.size not in weight.shape:
+    size = anchor.shape[1]
+    if weight.dim() != 2 or size not in weight.shape:
         return None
     w = weight.to(torch.float64)
-    w = w if w.shape[1] == anchor.size else w.mT
-    return Anchor(anchor.table @ _inverse(w))
+    return anchor @ _inverse(w if w.shape[1] == size else w.mT)
 
 
-def carriers(a: Anchor, b: Anchor) -> tuple[Carrier, Carrier]:
-    """For vectors of each model: E_A⁺ E_A, which is one where E_A has full rank, and E_A⁺ E_B."""
-    inverse = _inverse(a.table)
-    return Carrier(inverse @ a.table), Carrier(inverse @ b.table)
+def carriers(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What brings the vectors of each model to a common frame, [n, n], from the same anchor in both.
+
+    E_A⁺ E_A, which is one where E_A has full rank, and E_A⁺ E_B.
+    """
+    inverse = _inverse(a)
+    return inverse @ a, inverse @ b
 
 
 def _inverse(table: torch.Tensor) -> torch.Tensor:
@@ -89,7 +69,7 @@ def evenly(table: torch.Tensor, count: int = ROWS) -> torch.Tensor:
     return table if rows <= count else table[torch.arange(count) * (rows - 1) // (count - 1)]
 
 
-def matrix_features(value: torch.Tensor, anchors: Sequence[Anchor]) -> list[torch.Tensor]:
+def matrix_features(value: torch.Tensor, anchors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Of a tensor of two axes or more: unit vectors, in a fixed order; zero where there is nothing to see.
 
     Args:
@@ -99,12 +79,12 @@ def matrix_features(value: torch.Tensor, anchors: Sequence[Anchor]) -> list[torc
     rows = evenly(value.reshape(value.shape[0], -1))
     found = [_unit(rows @ rows.mT)]  # Its rows may have the same order in both models.
     for anchor in anchors:
-        table = evenly(anchor.table)
+        table = evenly(anchor)
         gram, norms = table @ table.mT, table.square().sum(1, keepdim=True)
         for axis in range(value.dim()):
-            if value.shape[axis] != anchor.size:
+            if value.shape[axis] != table.shape[1]:
                 continue
-            flat = value.movedim(axis, 0).reshape(anchor.size, -1)
+            flat = value.movedim(axis, 0).reshape(table.shape[1], -1)
             for seen, common in (
                 (table @ flat, gram),
                 (table.square() @ flat.square(), norms @ norms.mT),
@@ -114,12 +94,12 @@ def matrix_features(value: torch.Tensor, anchors: Sequence[Anchor]) -> list[torc
     return found
 
 
-def vector_features(value: torch.Tensor, held: Sequence[Carrier]) -> list[torch.Tensor]:
-    """Of a vector: itself and its sizes, in the common frames; zero if all its entries are equal."""
+def vector_features(value: torch.Tensor, held: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Of a vector: itself and its sizes, in the frames ``held``; zero if all its entries are equal."""
     found: list[torch.Tensor] = []
     for carrier in held:
-        found.append(_unit(carrier.matrix @ (value - value.mean())))
-        found.append(_unit(carrier.matrix.square() @ value.abs()))
+        found.append(_unit(carrier @ (value - value.mean())))
+        found.append(_unit(carrier.square() @ value.abs()))
     constant = bool((value == value[:1]).all())
     return [torch.zeros_like(one) for one in found] if constant else found
 

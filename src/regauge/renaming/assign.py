@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Protocol
 
 import torch
 
+from regauge.matching.assignment import assigned
 from regauge.renaming.anchors import (
     LARGEST,
-    Anchor,
-    Carrier,
     anchors_of,
     carriers,
     directions,
@@ -24,6 +23,7 @@ from regauge.renaming.anchors import (
 
 Read = Callable[[str], torch.Tensor]
 Shape = tuple[int, ...]
+_Sides = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 _SURE = 0.05
 """Least lead of the best over the second."""
@@ -86,7 +86,7 @@ class Assignment:
         self._wanted, self._there = _by_shape(shapes), _by_shape(stored)
         self._names: dict[str, str] = {}
         self._tables: list[_Table] = []
-        self._anchors: tuple[list[Anchor], list[Anchor]] = ([], [])
+        self._anchors: _Sides = ([], [])
 
     def fits(self) -> bool:
         """Whether there is a tensor of the right shape for every parameter."""
@@ -95,61 +95,62 @@ class Assignment:
     def run(self) -> Assigned:
         order = sorted(self._wanted, key=lambda shape: (len(shape) < 2, self._choices(shape), shape))
         for shape in order:
-            for name, tensor in self._class(shape):
-                self._names[name] = tensor
-                values = self._known.forms(name)
-                if values and len(shape) > 1 and self._choices(shape) <= _FEW:
-                    self._anchors[0].extend(anchors_of(values[0]))
-                    self._anchors[1].extend(anchors_of(self._read(tensor)))
+            found = self._class(shape)
+            self._names.update(found)
+            if len(shape) > 1 and self._choices(shape) <= _FEW:
+                for name, tensor in found.items():
+                    self._anchor(name, tensor)
         return self._settled()
+
+    def _anchor(self, name: str, tensor: str) -> None:
+        values = self._known.forms(name)
+        if values:
+            self._anchors[0].extend(anchors_of(values[0]))
+            self._anchors[1].extend(anchors_of(self._read(tensor)))
 
     def _choices(self, shape: Shape) -> int:
         return len(self._there.get(shape, ()))
 
-    def _class(self, shape: Shape) -> Iterator[tuple[str, str]]:
+    def _class(self, shape: Shape) -> dict[str, str]:
         """Every parameter of one shape with its tensor."""
         wanted, there = self._wanted[shape], self._there[shape]
         if len(there) == 1:
-            yield wanted[0], there[0]
-            return
+            return {wanted[0]: there[0]}
         if len(shape) == 1:
             ours, theirs = self._carriers(shape[0])
         else:
-            ours, theirs = ([a for a in held if a.size in shape] for held in self._anchors)
+            ours, theirs = ([a for a in held if a.shape[1] in shape] for held in self._anchors)
         there_read = [self._read(name) for name in there]
-        groups = list(dict.fromkeys(self._group(name) for name in wanted))
+        kinds = [(self._known.scaled(name), self._known.chart(name)) for name in wanted]
+        groups = list(dict.fromkeys(kinds))
         seen = {
             (group, chart): [seen_of(value + chart, theirs, group) for value in there_read]
             for group, chart in groups
         }
         forms = [self._known.forms(name) for name in wanted]
-        best: tuple[float, torch.Tensor, list[int]] | None = None
-        for form in range(max(map(len, forms))):
+        tables: list[_Table] = []
+        for form in range(max(1, *map(len, forms))):
             score = torch.zeros(len(wanted), len(there), dtype=torch.float64)
             for key in groups:
-                rows = [i for i, name in enumerate(wanted) if self._group(name) == key and forms[i]]
+                rows = [i for i, kind in enumerate(kinds) if kind == key and forms[i]]
                 held = [forms[i][min(form, len(forms[i]) - 1)] + key[1] for i in rows]
                 if rows:
                     score[rows] = alike([seen_of(value, ours, key[0]) for value in held], seen[key])
             place = torch.arange(len(there)) / len(there)
             score -= _PLACE * (place[None, :] - torch.arange(len(wanted))[:, None] / len(wanted)).abs()
-            columns = _solved(score)
-            total = float(score[range(len(wanted)), columns].sum())
-            if best is None or total > best[0]:
-                best = total, score, columns
-        assert best is not None
-        digests = [one.digest for one in seen[groups[0]]]
-        self._tables.append(_Table(wanted, there, best[1], digests))
-        for i, j in enumerate(best[2]):
-            yield wanted[i], there[j]
+            tables.append(_Table(wanted, there, score, [one.digest for one in seen[groups[0]]]))
+        best = max(tables, key=_Table.total)
+        self._tables.append(best)
+        return best.solved()
 
     def _settled(self) -> Assigned:
         """What contents leave open goes to the neighbours, by name, of what they decide."""
-        unsure = [name for table in self._tables for name in table.unsure(self._names)]
-        sure = {name: tensor for name, tensor in self._names.items() if name not in set(unsure)}
+        unsure = [table.unsure(self._names) for table in self._tables]
+        open_ = {name for names in unsure for name in names}
+        sure = {name: tensor for name, tensor in self._names.items() if name not in open_}
         left: list[str] = []
-        for table in self._tables:
-            if not table.unsure(self._names):
+        for table, names in zip(self._tables, unsure, strict=True):
+            if not names:
                 continue
             others = {name: tensor for name, tensor in sure.items() if name not in table.wanted}
             beside_a = [nearest(name, others) for name in table.wanted]
@@ -163,15 +164,12 @@ class Assignment:
             left.extend(table.unsure(self._names))
         return Assigned(self._names, tuple(left))
 
-    def _group(self, name: str) -> tuple[tuple[int, int] | None, float]:
-        return self._known.scaled(name), self._known.chart(name)
-
-    def _carriers(self, size: int) -> tuple[list[Carrier], list[Carrier]]:
+    def _carriers(self, size: int) -> _Sides:
         """For vectors of a size, by anchors, and by anchors through named matrices with an axis of it."""
-        found: tuple[list[Carrier], list[Carrier]] = ([], [])
+        found: _Sides = ([], [])
 
-        def add(a: Anchor | None, b: Anchor | None) -> None:
-            if a is not None and b is not None and a.size == size:
+        def add(a: torch.Tensor | None, b: torch.Tensor | None) -> None:
+            if a is not None and b is not None and a.shape[1] == size:
                 for side, carrier in zip(found, carriers(a, b), strict=True):
                     side.append(carrier)
 
@@ -204,7 +202,14 @@ class _Table:
     digests: Sequence[tuple[float, ...]]
 
     def solved(self) -> dict[str, str]:
-        return {self.wanted[i]: self.there[j] for i, j in enumerate(_solved(self.score))}
+        return {self.wanted[i]: self.there[j] for i, j in enumerate(self._columns)}
+
+    def total(self) -> float:
+        return float(self.score[range(len(self.wanted)), self._columns].sum())
+
+    @property
+    def _columns(self) -> list[int]:
+        return assigned(self.score[None])[0].tolist()
 
     def unsure(self, names: Mapping[str, str]) -> list[str]:
         """Parameters that another tensor would fit as well, or whose tensor would fit another as well."""
@@ -217,12 +222,6 @@ class _Table:
             if len(rivals) and float(rivals.max()) > float(self.score[i, j]) - _SURE:
                 found.append(self.wanted[i])
         return found
-
-
-def _solved(score: torch.Tensor) -> list[int]:
-    from scipy.optimize import linear_sum_assignment
-
-    return linear_sum_assignment(score.numpy(), maximize=True)[1].tolist()
 
 
 def nearest(name: str, others: Iterable[str]) -> set[str]:
@@ -264,14 +263,13 @@ def _column(seen: Sequence[_Seen], what: str) -> torch.Tensor:
     return torch.tensor([[getattr(one, what)] for one in seen], dtype=torch.float64)
 
 
-def seen_of(
-    value: torch.Tensor, held: Sequence[Anchor] | Sequence[Carrier], group: tuple[int, int] | None
-) -> _Seen:
+def seen_of(value: torch.Tensor, held: Sequence[torch.Tensor], group: tuple[int, int] | None) -> _Seen:
+    """What of a tensor stays. ``held`` are anchors for matrices, carriers for vectors."""
     flat = value.reshape(-1)
     if value.dim() > 1:
-        units = matrix_features(value, [one for one in held if isinstance(one, Anchor)])
+        units = matrix_features(value, held)
     else:
-        units = vector_features(flat, [one for one in held if isinstance(one, Carrier)])
+        units = vector_features(flat, held)
         units += [] if group is None else [directions(flat, group)]
     digest = (float(flat.sum()), float(flat.square().sum()), float(flat[:1].sum()))
     size = float(flat.square().mean().sqrt()) if len(flat) else 0.0

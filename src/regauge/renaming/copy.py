@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,12 +20,15 @@ from regauge.elements import DIAGONAL
 from regauge.errors import CheckpointError, Refused
 from regauge.hf import HFModel, checkpoint_names, load_meta
 from regauge.matching.correspondence import paired_by_use
-from regauge.matching.sides import side_of_model
+from regauge.matching.sides import Rows, evenly, side_of_model
 from regauge.model import CheckpointModel
 from regauge.renaming.anchors import LARGEST
 from regauge.renaming.assign import Assigned, Assignment
-from regauge.shards import read_index, weight_files
+from regauge.shards import Shard, header_bytes, read_index
 from regauge.trace import Trace, trace, untie
+
+RUN = 16
+"""Rows of a long table that are read together."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,10 @@ def named_again(a: Path, b: Path) -> Generator[tuple[Path, Renamed | None]]:
     if found is None:
         yield b, None
         return
+    names = {tensor: name for name, tensor in found.names.items()}
     with tempfile.TemporaryDirectory(prefix="regauge-named-") as folder:
-        names = {tensor: name for name, tensor in found.names.items()}
-        _copied(b, Path(folder), names)
+        with Checkpoint.open(b) as files:
+            _copied(files, Path(folder), names)
         changed = sum(tensor != name for tensor, name in names.items())
         yield Path(folder), Renamed(changed, found.unsure)
 
@@ -77,41 +81,36 @@ class _Model:
 
     def __init__(self, model: CheckpointModel, traced: Trace) -> None:
         self.plain, self.folded = model, side_of_model(model, structure=False)
-        pairs = paired_by_use(untie(traced), untie(model.gauge.trace))
+        other = model.gauge.untied
+        pairs = paired_by_use(untie(traced), other)
         self.order = list(dict.fromkeys(traced.canonical[name] for name in pairs))
-        shapes = untie(model.gauge.trace).shapes
         self.pairs = {
-            traced.canonical[name]: other
-            for name, other in reversed(pairs.items())
-            if traced.shapes[traced.canonical[name]] == shapes[other]
+            traced.canonical[name]: twin
+            for name, twin in reversed(pairs.items())
+            if traced.shapes[traced.canonical[name]] == other.shapes[twin]
         }
+        self._actions: dict[str, list[tuple[Kind, Action]]] = {}
+        for generator in self.folded.atlas.generators:
+            for action in generator.actions:
+                self._actions.setdefault(action.parameter, []).append((generator.kind, action))
 
     def forms(self, name: str) -> list[torch.Tensor]:
         if name not in self.pairs:
             return []
         other = self.pairs[name]
-        stored = read_some(self.plain.files, self.plain.names[other])
-        return [stored, *(self._folded(other) if other in self.folded.shapes else ())]
-
-    def _folded(self, name: str) -> Iterator[torch.Tensor]:
-        pieces = runs(self.folded.shapes[name])
-        yield (
-            torch.cat([self.folded.read(name, piece) for piece in pieces])
-            if pieces
-            else self.folded.read(name)
-        )
+        found = [read_some(self.plain.files, self.plain.names[other])]
+        if other in self.folded.shapes:
+            found.append(some(self.folded.shapes[other], partial(self.folded.read, other)))
+        return found
 
     def chart(self, name: str) -> float:
-        return next((action.chart for _, action in self._actions(name)), 0.0)
+        return next((action.chart for _, action in self._acting(name)), 0.0)
 
-    def _actions(self, name: str) -> Iterator[tuple[Kind, Action]]:
-        for generator in self.folded.atlas.generators:
-            for action in generator.actions:
-                if action.parameter == self.pairs.get(name):
-                    yield generator.kind, action
+    def _acting(self, name: str) -> Sequence[tuple[Kind, Action]]:
+        return self._actions.get(self.pairs.get(name, ""), ())
 
     def scaled(self, name: str) -> tuple[int, int] | None:
-        for kind, action in self._actions(name):
+        for kind, action in self._acting(name):
             if kind in DIAGONAL and len(action.parts) == 1:
                 factors = action.parts[0].factors
                 whole = action.parts[0].size == self.folded.shapes[action.parameter][0]
@@ -134,22 +133,21 @@ def _found(a: Path, held: HFModel, files: Checkpoint) -> Assigned | None:
         return assignment.run() if assignment.fits() else None
 
 
-def runs(shape: Sequence[int]) -> list[tuple[int, int]]:
-    """Ranges of rows, evenly over a long table; empty: all of it."""
+def some(shape: Sequence[int], read: Callable[[Rows], torch.Tensor]) -> torch.Tensor:
+    """A tensor, or rows evenly over it if it is a long table, float64."""
     if len(shape) < 2 or shape[0] <= 4 * LARGEST:
-        return []
-    count = 16
-    blocks = LARGEST // count
-    return [
-        (start, start + count) for start in (i * (shape[0] - count) // (blocks - 1) for i in range(blocks))
-    ]
+        return read(None).to(torch.float64)
+    pieces = evenly(shape[0], RUN, LARGEST // RUN)
+    return torch.cat([read(piece) for piece in pieces]).to(torch.float64)
 
 
 def read_some(files: Checkpoint, name: str) -> torch.Tensor:
-    """A stored tensor, or rows of a long table, float64."""
-    pieces = runs(files.shape(name))
-    found = torch.cat([files.read_rows(name, *piece) for piece in pieces]) if pieces else files.read(name)
-    return found.to(torch.float64)
+    """The same of a stored tensor."""
+
+    def read(rows: Rows) -> torch.Tensor:
+        return files.read(name) if rows is None else files.read_rows(name, *rows)
+
+    return some(files.shape(name), read)
 
 
 def model_tensors(held: HFModel) -> set[str]:
@@ -162,29 +160,26 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _copied(source: Path, out: Path, names: Mapping[str, str]) -> None:
-    shards, index = weight_files(source)
-    for path in source.iterdir():
-        if path.is_file() and path.name not in shards and path.name != index:
-            shutil.copyfile(path, out / path.name)
+def _copied(source: Checkpoint, out: Path, names: Mapping[str, str]) -> None:
+    for file in source.side_files:
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.path / file, out / file)
     taken = set(names.values())
 
     def name(tensor: str) -> str:
         return names.get(tensor) or (f"unused.{tensor}" if tensor in taken else tensor)
 
-    for shard in shards:
-        _shard(source / shard, out / shard, name)
-    if index is not None:
-        held = {name(tensor): file for tensor, file in read_index(source, index).items()}
-        (out / index).write_text(json.dumps({"metadata": {}, "weight_map": held}))
+    for shard in source.shards:
+        _shard(source.path, out, shard, name)
+    if source.index is not None:
+        held = {name(tensor): file for tensor, file in read_index(source.path, source.index).items()}
+        (out / source.index).write_text(json.dumps({"metadata": {}, "weight_map": held}))
 
 
-def _shard(source: Path, out: Path, name: Callable[[str], str]) -> None:
+def _shard(source: Path, out: Path, shard: Shard, name: Callable[[str], str]) -> None:
     """The bytes of the tensors as they are, behind a header with other names."""
-    with source.open("rb") as old, out.open("wb") as new:
-        length = int.from_bytes(old.read(8), "little")
-        header = json.loads(old.read(length))
-        text = json.dumps({k if k == "__metadata__" else name(k): v for k, v in header.items()}).encode()
-        text += b" " * (-len(text) % 8)
-        new.write(len(text).to_bytes(8, "little") + text)
+    header = json.loads(shard.header[8:])
+    with (source / shard.file).open("rb") as old, (out / shard.file).open("wb") as new:
+        new.write(header_bytes({k if k == "__metadata__" else name(k): v for k, v in header.items()}))
+        old.seek(len(shard.header))
         shutil.copyfileobj(old, new, 1 << 24)
