@@ -17,6 +17,7 @@ from regauge.api import rewrite_module
 from regauge.atlas import Kind
 from regauge.errors import Refused
 from regauge.matching import align_modules, align_sides
+from regauge.matching.alignment import leftovers
 from regauge.matching.correspondence import correspond
 from regauge.matching.history import shortened
 from regauge.matching.moved import Pair
@@ -293,3 +294,17 @@ def test_what_positions_show_of_a_stream_comes_before_its_heads() -> None:
     assert len(inside) > 4
     assert stream < min(inside)
     assert pair.names
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_signs_that_no_gain_shows_do_not_spoil_the_sizes(seed: int) -> None:
+    """Where the gain of a branch is zero its sign is seen once its units are known; their sizes come then."""
+    a = known("gemma3")
+    held = {name: a.read(name) for name in a.shapes}
+    gains = {action.parameter for g in a.atlas.generators for action in g.actions if action.chart}
+    for name in gains:
+        held[name][2:12] = -1.0
+    a = replace(a, values=lambda name, rows=None: held[name] if rows is None else held[name][slice(*rows)])
+    assert gains
+    pair, _ = _once(a, moved(a, elements_of(a, seed)))
+    assert max(t.relative for t in leftovers(pair)) < SAME
