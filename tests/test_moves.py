@@ -50,7 +50,7 @@ TRACED = {
 }
 """Moves that trace the model again for every trial, and the members of the zoo they are tried on here."""
 
-FEW = ("llama-tied", "gpt2", "gemma3", "picture_stack", "gate_rectified")
+FEW = ("llama", "llama-tied", "gpt2", "opt", "bert", "gemma3", "picture_stack", "gate_rectified")
 
 
 BEFORE = {

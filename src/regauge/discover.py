@@ -86,6 +86,7 @@ class Gauge:
         self._walks: dict[bool, tuple[Walk, Layout]] = {}
         self._solvers: dict[tuple[bool, frozenset[str]], Solver] = {}
         self._atlases: dict[tuple[bool, frozenset[str]], Atlas] = {}
+        self._foldable: dict[bool, tuple[str, ...]] = {}
 
     @cached_property
     def untied(self) -> Trace:
@@ -106,13 +107,14 @@ class Gauge:
 
     def foldable(self, *, untied: bool = False) -> tuple[str, ...]:
         """Every gain that can be set to one, including those that others free when they fold."""
-        done: frozenset[str] = frozenset()
-        while True:
-            more = foldable(self._solver(untied, done)) - done
-            if not more:
-                walk, _ = self._walk(untied)
-                return tuple(dict.fromkeys(name for name, _ in walk.result.parameters if name in done))
-            done |= more
+        if untied not in self._foldable:
+            done: frozenset[str] = frozenset()
+            while more := foldable(self._solver(untied, done)) - done:
+                done |= more
+            walk, _ = self._walk(untied)
+            names = dict.fromkeys(name for name, _ in walk.result.parameters)
+            self._foldable[untied] = tuple(name for name in names if name in done)
+        return self._foldable[untied]
 
     def multipliers(self, *, untied: bool = False) -> tuple[str, ...]:
         """Parameters that multiply, entry by entry, something that is no parameter."""

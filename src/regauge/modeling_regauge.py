@@ -468,12 +468,19 @@ def stock(content: Any) -> Any:
     return {**content, "model_type": content[KEY]["stock_type"]}
 
 
+@functools.cache
+def _auto_classes() -> tuple[str, ...]:
+    import transformers
+
+    return tuple(sorted(name for name in dir(transformers) if name.startswith("AutoModel")))
+
+
 def auto_names(base: Any) -> list[str]:
     """Auto classes of transformers that stand for this model class, among others."""
     import transformers
 
     found: list[str] = []
-    for name in sorted(name for name in dir(transformers) if name.startswith("AutoModel")):
+    for name in _auto_classes():
         mapping: Any = getattr(getattr(transformers, name), "_model_mapping", None)
         values: Any = () if mapping is None else mapping._model_mapping.values()
         if any(base.__name__ in ((value,) if isinstance(value, str) else value) for value in values):

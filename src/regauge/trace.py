@@ -89,9 +89,16 @@ def module_class(node: fx.Node) -> str:
 
 @contextmanager
 def _quiet() -> Generator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Without warnings, and without the line of code of every operation, which costs a third of the time."""
+    config: Any = fx.config  # type: ignore[attr-defined]
+    before = getattr(config, "do_not_emit_stack_traces", False)
+    config.do_not_emit_stack_traces = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        config.do_not_emit_stack_traces = before
 
 
 class _RealConstants(TorchFunctionMode):

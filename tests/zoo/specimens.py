@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -100,7 +101,14 @@ def restructured_as(name: str, plan: Rewrite) -> tuple[nn.Module, Mapping[str, T
 
 def rebuilt(name: str, plan: Rewrite) -> Specimen:
     """A member of the zoo with the structure of a plan, traced."""
+    return _rebuilt(name, *(json.dumps(part) for part in (plan.config, plan.patches, dict(plan.copies))))
+
+
+@functools.lru_cache(maxsize=64)
+def _rebuilt(name: str, config: str, patches: str, copies: str) -> Specimen:
+    """The structure is these three; as text, since that can be looked up."""
     held = specimen(name)
+    plan = Rewrite(config=json.loads(config), patches=tuple(json.loads(patches)), copies=json.loads(copies))
     changed, buffers, inputs = restructured_as(name, plan)
     args = tuple(inputs.values()) if name in HOSTILE else ()
     traced = trace(changed, args, {} if name in HOSTILE else dict(inputs))
