@@ -32,11 +32,12 @@ def fingerprint_view(found: Fingerprint, source: str) -> Table:
 def hits_view(hits: Sequence[Hit], source: str) -> Table:
     """Neighbours, nearest first."""
     table = Table(title=f"Nearest to {source}")
-    for name in ("distance", "name", "same function", "architecture", "parameters"):
+    for name in ("distance", "related", "name", "same function", "architecture", "parameters"):
         table.add_column(name, justify="right" if name in ("distance", "parameters") else "left")
     for hit in hits:
         same = {True: "yes", False: "no", None: "not compared"}[hit.same_function]
-        table.add_row(f"{hit.distance:.2e}", hit.name, same, hit.architecture, f"{hit.parameters:,}")
+        related = "yes" if hit.related else "no"
+        table.add_row(f"{hit.distance:.2e}", related, hit.name, same, hit.architecture, f"{hit.parameters:,}")
     return table
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from regauge.errors import BadInput
+from regauge.provenance.calibration import threshold
 from regauge.provenance.fingerprint import Fingerprint, check_version, same_function
 from regauge.provenance.nearest import Approximate
 from regauge.provenance.sketch import LENGTH
@@ -27,11 +28,14 @@ class Hit:
     Attributes:
         name, architecture, parameters, digest: as in the index.
         distance: see :func:`regauge.provenance.distance`.
+        related: whether the distance is below that of models trained apart, see
+            :func:`regauge.provenance.calibration.threshold`.
         same_function: see :func:`regauge.provenance.same_function`.
     """
 
     name: str
     distance: float
+    related: bool
     same_function: bool | None
     architecture: str
     parameters: int
@@ -113,7 +117,8 @@ class Index:
             if row is None or other is None:  # Replaced by another process since.
                 continue
             same = same_function(wanted, other)
-            hits.append(Hit(row.name, distance, same, row.architecture, row.parameters, row.digest))
+            related = distance <= threshold()
+            hits.append(Hit(row.name, distance, related, same, row.architecture, row.parameters, row.digest))
             if len(hits) == count:
                 break
         return tuple(hits)
