@@ -1,6 +1,6 @@
 """What changes and training apart do to fingerprints: the pairs of ``compare_pairs.py`` that are directories.
 
-    python benchmarks/fingerprint_pairs.py --store DIR     # the DIR of compare_pairs.py; what it lacks is trained
+    python benchmarks/fingerprint_pairs.py --store DIR     # the DIR of compare_pairs.py
 
 The calibration of distances, ``src/regauge/provenance/calibration.json``, comes from here.
 """

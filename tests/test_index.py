@@ -209,6 +209,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     assert run.invoke(app, ["index", "add", db, *files, "--name", "x"]).exit_code == 2
     hits = json.loads(run.invoke(app, ["index", "search", db, files[2], "-n", "2", "--json"]).stdout)
     assert [hit["name"] for hit in hits][:1] == ["third"]
+    assert [hit["related"] for hit in hits] == [True, False]
     assert "third" in run.invoke(app, ["index", "search", db, files[2]]).stdout
     listed = json.loads(run.invoke(app, ["index", "list", db, "--json"]).stdout)
     assert [row["name"] for row in listed] == [files[0], files[1], "third"]
