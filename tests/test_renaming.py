@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from regauge.checkpoint import Checkpoint
 from regauge.comparing import Relation, compare
 from regauge.errors import CheckpointError, Refused
+from regauge.model import CheckpointModel
 from regauge.recipe import parse_recipe
-from regauge.renaming import named_again
+from regauge.renaming import Renamed, named_again
 from regauge.renaming.anchors import matrix_features
 from regauge.renaming.assign import Assignment
 from regauge.rewriting import rewrite
@@ -34,6 +38,17 @@ def renamed(source: Path, out: Path, *, parts: bool) -> dict[str, str]:
     names = {n: ".".join(word(p) for p in n.split(".")) if parts else word(n + " ") for n in tensors}
     save_file({names[n]: v for n, v in tensors.items()}, out / "model.safetensors", metadata={"format": "pt"})
     return names
+
+
+@contextmanager
+def again(a: Path, b: Path) -> Generator[tuple[Path, Renamed | None]]:
+    """Where the copy of b lies, and what was named again."""
+    with (
+        Checkpoint.open(a) as files_a,
+        Checkpoint.open(b) as files_b,
+        named_again(CheckpointModel.of(a, files_a), b, files_b) as (model, found),
+    ):
+        yield model.files.path, found
 
 
 SIZES: dict[str, Any] = {
@@ -84,7 +99,7 @@ def test_every_tensor_gets_its_name_back(name: str, parts: bool, tmp_path: Path)
     a, b = disguised(name, tmp_path)
     names = renamed(b, tmp_path / "c", parts=parts)
     before = load_file(b / "model.safetensors")
-    with named_again(a, tmp_path / "c") as (place, found):
+    with again(a, tmp_path / "c") as (place, found):
         assert found is not None
         assert found.count == len(names)
         after = load_file(place / "model.safetensors")
@@ -98,7 +113,7 @@ def test_every_tensor_gets_its_name_back(name: str, parts: bool, tmp_path: Path)
 
 def test_names_that_are_known_are_left_alone(tmp_path: Path) -> None:
     a, b = disguised("llama", tmp_path)
-    with named_again(a, b) as (place, found):
+    with again(a, b) as (place, found):
         assert place == b
         assert found is None
 
@@ -127,7 +142,7 @@ def test_other_shapes_are_missing_tensors(tmp_path: Path) -> None:
     tensors = load_file(path)
     tensors.pop(next(name for name, value in tensors.items() if value.dim() == 2))
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises((Refused, CheckpointError)), named_again(a, tmp_path / "c"):
+    with pytest.raises((Refused, CheckpointError)), again(a, tmp_path / "c"):
         pass
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class CheckpointModel:
         config: content of ``config.json``.
         names: state-dict name of the model -> tensor of the checkpoint.
         gauge: atlases of the model.
+        untied: what is known of configurations that untie.
     """
 
     files: Checkpoint
@@ -50,6 +52,7 @@ class CheckpointModel:
     config: Mapping[str, Any]
     names: Mapping[str, str]
     gauge: Gauge
+    untied: dict[str, Mapping[str, Any]] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def of(path: Path, files: Checkpoint) -> CheckpointModel:
@@ -59,9 +62,15 @@ class CheckpointModel:
             BadInput, TraceError: it cannot be built or traced.
             CheckpointError, Refused: the tensors are not those of the model.
         """
-        held, config = load_meta(path), read_config(path)
+        return CheckpointModel.built(load_meta(path), read_config(path), files)
+
+    @staticmethod
+    def built(
+        held: HFModel, config: Mapping[str, Any], files: Checkpoint, traced: Trace | None = None
+    ) -> CheckpointModel:
+        """The same of a model that is built already, and perhaps traced."""
         names = checkpoint_names(held, files.names)
-        gauge = Gauge(trace(held.model, (), held.inputs))
+        gauge = Gauge(traced or trace(held.model, (), held.inputs))
         _check_shapes(files, names, gauge.trace)
         return CheckpointModel(files, held, config, names, gauge)
 
@@ -74,7 +83,7 @@ class CheckpointModel:
             recipe,
             seed,
             lambda so_far: self.view(so_far).read,
-            untied_config,
+            self._untied_config,
             progress,
             self._retrace,
             lambda so_far: {**self.config, **self.changes(so_far)},
@@ -101,6 +110,13 @@ class CheckpointModel:
     def rebuilt(self, plan: Rewrite) -> HFModel:
         """The model as the plan leaves it, on the meta device."""
         return load_meta({**self.config, **self.changes(plan)})
+
+    def _untied_config(self, config: Mapping[str, Any], traced: Trace) -> Mapping[str, Any]:
+        """As :func:`regauge.ties.untied_config`, which traces the model again, found once."""
+        key = json.dumps(config, sort_keys=True, default=str)
+        if key not in self.untied:
+            self.untied[key] = untied_config(config, traced)
+        return self.untied[key]
 
     def _retrace(self, plan: Rewrite) -> Gauge:
         changed = self.rebuilt(plan)

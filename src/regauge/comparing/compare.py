@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +10,15 @@ import torch
 
 from regauge.atlas import Kind
 from regauge.certify import Certificate, Verdict, certify
+from regauge.checkpoint import Checkpoint
 from regauge.comparing.calibration import Calibration, calibration
 from regauge.comparing.changes import changes_of
 from regauge.comparing.comparison import Change, Comparison, Moved, Relation, Renumbering
 from regauge.elements import DIAGONAL, Diagonal, Element, Permutation
 from regauge.errors import BadInput, Refused
 from regauge.matching import Alignment, align_sides
-from regauge.matching.sides import open_sides
+from regauge.matching.sides import sides_compared
+from regauge.model import CheckpointModel
 from regauge.renaming import named_again
 from regauge.sources import resolve
 from regauge.stages import Clock, Progress, silent
@@ -56,8 +57,10 @@ def compare(
     tell = progress or silent
     path_a, path_b = resolve(a), resolve(b)
     tell("tracing", 0, 1)
-    with named_again(path_a, path_b) as (named, names):
-        found = _compared(path_a, named, text=text, seed=seed, max_memory=max_memory, tell=tell)
+    with Checkpoint.open(path_a) as files_a, Checkpoint.open(path_b) as files_b:
+        first = CheckpointModel.of(path_a, files_a)
+        with named_again(first, path_b, files_b) as (second, names):
+            found = _compared(first, second, text=text, seed=seed, max_memory=max_memory, tell=tell)
     if names is None:
         return found
     if names.unsure and not found.equivalent:
@@ -75,33 +78,37 @@ def compare(
 
 
 def _compared(
-    path_a: Path, path_b: Path, *, text: str | Path | None, seed: int, max_memory: int | None, tell: Progress
+    a: CheckpointModel,
+    b: CheckpointModel,
+    *,
+    text: str | Path | None,
+    seed: int,
+    max_memory: int | None,
+    tell: Progress,
 ) -> Comparison:
+    path_a, path_b = a.files.path, b.files.path
     clock = Clock()
     alignment, pair, refused, changes = None, None, None, ()
     certificate, unlike = None, None
     known = calibration()
     shared, common = shared_vocabulary(path_a, path_b), False
-    with ExitStack() as stack:
-        try:
-            first, second = stack.enter_context(open_sides(path_a, path_b, vocabulary=shared))
-            common = first.common
-            alignment, pair = align_sides(first, second, tell)
-        except Refused as error:
-            refused = error
-        clock.lap("align")
-        tell("running both", 0, 1)
-        try:
-            certificate = certify(
-                path_a, path_b, text=text, seed=seed, max_memory=max_memory, vocabulary=shared
-            )
-        except BadInput as error:
-            unlike = error
-        clock.lap("certify")
-        same = certificate is not None and certificate.passed and not common
-        if alignment and pair and not same and alignment.similarity >= known.threshold:
-            changes = changes_of(alignment, pair, path_b)
-            clock.lap("kinds of change")
+    try:
+        first, second = sides_compared(a, b, (path_a.name, path_b.name), shared)
+        common = first.common
+        alignment, pair = align_sides(first, second, tell)
+    except Refused as error:
+        refused = error
+    clock.lap("align")
+    tell("running both", 0, 1)
+    try:
+        certificate = certify(path_a, path_b, text=text, seed=seed, max_memory=max_memory, vocabulary=shared)
+    except BadInput as error:
+        unlike = error
+    clock.lap("certify")
+    same = certificate is not None and certificate.passed and not common
+    if alignment and pair and not same and alignment.similarity >= known.threshold:
+        changes = changes_of(alignment, pair, path_b)
+        clock.lap("kinds of change")
     if alignment is None and certificate is None:
         assert refused is not None
         raise refused from unlike

@@ -146,18 +146,25 @@ def open_sides(a: Path, b: Path, *, vocabulary: Vocabulary | None = None) -> Gen
         vocabulary: the tokens both have; where these are numbered otherwise, or tables have another
             length, both sides hold the common tokens only, as a numbers them.
     """
+    with open_models(a, b) as models:
+        yield sides_compared(*models, (a.name, b.name), vocabulary)
+
+
+def sides_compared(
+    a: CheckpointModel, b: CheckpointModel, names: tuple[str, str], vocabulary: Vocabulary | None
+) -> tuple[Side, Side]:
+    """Both models in their normal forms; see :func:`open_sides`."""
     from regauge.matching.tokens import taken
 
-    with open_models(a, b) as models:
-        first, second = sides_of(*models, (a.name, b.name))
-        axes = token_axes(first.trace, second.trace, vocabulary)
-        if vocabulary is not None and axes is not None:
-            held = zip((first, second), models, axes, (vocabulary.ids_a, vocabulary.ids_b), strict=True)
-            first, second = (
-                replace(taken(side, model.view(side.plan).rows, where.parameters, ids), common=True)
-                for side, model, where, ids in held
-            )
-        yield first, second
+    first, second = sides_of(a, b, names)
+    axes = token_axes(first.trace, second.trace, vocabulary)
+    if vocabulary is not None and axes is not None:
+        held = zip((first, second), (a, b), axes, (vocabulary.ids_a, vocabulary.ids_b), strict=True)
+        first, second = (
+            replace(taken(side, model.view(side.plan).rows, where.parameters, ids), common=True)
+            for side, model, where, ids in held
+        )
+    return first, second
 
 
 @contextmanager

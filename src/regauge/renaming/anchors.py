@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-ROWS = 256
+ROWS = 128
 """Rows of an anchor that matrices are compared by."""
 LARGEST = 4096
 """Rows of an anchor at most, and the largest size of vectors that are carried over."""
@@ -35,16 +35,13 @@ def anchors_of(value: torch.Tensor) -> list[torch.Tensor]:
     return found
 
 
-def through(anchor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
-    """The anchor E W⁺ for the other axis of a matrix W, [n, size] or [size, n]; None if it has no such axes.
+def crossing(weight: torch.Tensor, size: int) -> torch.Tensor:
+    """W⁺, [size, n], of a matrix W, [n, size] or [size, n]: with E of the one axis E W⁺ is of the other.
 
     A map G of that axis sends W to G W and a vector b on it to G b, and leaves E W⁺ b as it is.
     """
-    size = anchor.shape[1]
-    if weight.dim() != 2 or size not in weight.shape:
-        return None
     w = weight.to(torch.float64)
-    return anchor @ _inverse(w if w.shape[1] == size else w.mT)
+    return _inverse(w if w.shape[1] == size else w.mT)
 
 
 def carriers(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,14 +77,15 @@ def matrix_features(value: torch.Tensor, anchors: Sequence[torch.Tensor]) -> lis
     found = [_unit(rows @ rows.mT)]  # Its rows may have the same order in both models.
     for anchor in anchors:
         table = evenly(anchor)
-        gram, norms = table @ table.mT, table.square().sum(1, keepdim=True)
+        norms = table.square().sum(1, keepdim=True)
+        gram, product = _unit(table @ table.mT), _unit(norms @ norms.mT)
         for axis in range(value.dim()):
             if value.shape[axis] != table.shape[1]:
                 continue
             flat = value.movedim(axis, 0).reshape(table.shape[1], -1)
             for seen, common in (
                 (table @ flat, gram),
-                (table.square() @ flat.square(), norms @ norms.mT),
+                (table.square() @ flat.square(), product),
             ):
                 units = seen / seen.norm(dim=0).clamp_min(1e-300)
                 found.extend(_unit(one @ one.mT, common) for one in (seen, units))
@@ -112,14 +110,12 @@ def directions(value: torch.Tensor, group: tuple[int, int]) -> torch.Tensor:
 
 
 def _unit(seen: torch.Tensor, common: torch.Tensor | None = None) -> torch.Tensor:
-    """Without what every row shares, and without the part along ``common``; of norm one or zero."""
-    seen = _centred(seen)
+    """Without what every row shares, and without the part along ``common``, a unit; of norm one or zero."""
+    flat = _centred(seen).reshape(-1)
     if common is not None:
-        common = _centred(common)
-        square = float((common * common).sum())
-        seen = seen - common * (float((seen * common).sum()) / square if square else 0.0)
-    norm = float(seen.norm())
-    return (seen / norm if norm > 1e-12 else torch.zeros_like(seen)).reshape(-1)
+        flat = flat - common * float(flat @ common)
+    norm = float(flat.norm())
+    return flat / norm if norm > 1e-12 else torch.zeros_like(flat)
 
 
 def _centred(seen: torch.Tensor) -> torch.Tensor:

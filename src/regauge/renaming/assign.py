@@ -15,9 +15,9 @@ from regauge.renaming.anchors import (
     LARGEST,
     anchors_of,
     carriers,
+    crossing,
     directions,
     matrix_features,
-    through,
     vector_features,
 )
 
@@ -120,22 +120,23 @@ class Assignment:
             ours, theirs = self._carriers(shape[0])
         else:
             ours, theirs = ([a for a in held if a.shape[1] in shape] for held in self._anchors)
-        there_read = [self._read(name) for name in there]
         kinds = [(self._known.scaled(name), self._known.chart(name)) for name in wanted]
         groups = list(dict.fromkeys(kinds))
         seen = {
-            (group, chart): [seen_of(value + chart, theirs, group) for value in there_read]
+            (group, chart): [seen_of(self._read(name) + chart, theirs, group) for name in there]
             for group, chart in groups
         }
-        forms = [self._known.forms(name) for name in wanted]
+        forms = [
+            [seen_of(value + chart, ours, group) for value in self._known.forms(name)]
+            for name, (group, chart) in zip(wanted, kinds, strict=True)
+        ]
         tables: list[_Table] = []
         for form in range(max(1, *map(len, forms))):
             score = torch.zeros(len(wanted), len(there), dtype=torch.float64)
             for key in groups:
                 rows = [i for i, kind in enumerate(kinds) if kind == key and forms[i]]
-                held = [forms[i][min(form, len(forms[i]) - 1)] + key[1] for i in rows]
                 if rows:
-                    score[rows] = alike([seen_of(value, ours, key[0]) for value in held], seen[key])
+                    score[rows] = alike([forms[i][min(form, len(forms[i]) - 1)] for i in rows], seen[key])
             place = torch.arange(len(there)) / len(there)
             score -= _PLACE * (place[None, :] - torch.arange(len(wanted))[:, None] / len(wanted)).abs()
             tables.append(_Table(wanted, there, score, [one.digest for one in seen[groups[0]]]))
@@ -168,27 +169,29 @@ class Assignment:
         """For vectors of a size, by anchors, and by anchors through named matrices with an axis of it."""
         found: _Sides = ([], [])
 
-        def add(a: torch.Tensor | None, b: torch.Tensor | None) -> None:
-            if a is not None and b is not None and a.shape[1] == size:
-                for side, carrier in zip(found, carriers(a, b), strict=True):
-                    side.append(carrier)
+        def add(a: torch.Tensor, b: torch.Tensor) -> None:
+            for side, carrier in zip(found, carriers(a, b), strict=True):
+                side.append(carrier)
 
         if size > LARGEST:
             return found
         for a, b in zip(*self._anchors, strict=True):
-            add(a, b)
+            if a.shape[1] == size:
+                add(a, b)
         usable = [
             n for n in self._names if len(held := self._shapes[n]) == 2 and size in held and min(held) > 1
         ]
         if sum(8 * math.prod(self._shapes[n]) * min(self._shapes[n]) for n in usable) > _WORK:
             return found
         for name in usable:
-            values = self._known.forms(name)
-            if not values:
-                continue
-            other = self._read(self._names[name])
-            for a, b in zip(*self._anchors, strict=True):
-                add(through(a, values[-1]), through(b, other))
+            (other,) = set(self._shapes[name]) - {size} or {size}
+            anchors = [(a, b) for a, b in zip(*self._anchors, strict=True) if a.shape[1] == other]
+            values = self._known.forms(name) if anchors else []
+            if values:
+                back_a = crossing(values[-1], other)
+                back_b = crossing(self._read(self._names[name]), other)
+                for a, b in anchors:
+                    add(a @ back_a, b @ back_b)
         return found
 
 

@@ -18,7 +18,7 @@ from regauge.atlas import Action, Kind
 from regauge.checkpoint import Checkpoint
 from regauge.elements import DIAGONAL
 from regauge.errors import CheckpointError, Refused
-from regauge.hf import HFModel, checkpoint_names, load_meta
+from regauge.hf import HFModel, checkpoint_names, load_meta, read_config
 from regauge.matching.correspondence import paired_by_use
 from regauge.matching.sides import Rows, evenly, side_of_model
 from regauge.model import CheckpointModel
@@ -45,35 +45,41 @@ class Renamed:
 
 
 @contextmanager
-def named_again(a: Path, b: Path) -> Generator[tuple[Path, Renamed | None]]:
-    """b with names that its architecture has; b itself and None where it has them.
+def named_again(
+    a: CheckpointModel, b: Path, files: Checkpoint
+) -> Generator[tuple[CheckpointModel, Renamed | None]]:
+    """b with names that its architecture has, and None where it has them already.
 
     Shapes and contents decide, never names; contents are compared with those of a, in what no move along the
     gauge changes. The copy lies in a temporary directory, and is gone at the end.
 
+    Args:
+        a: the model whose names are known.
+        b: a directory.
+        files: it, open.
+
     Raises:
         CheckpointError, Refused: as :func:`regauge.hf.checkpoint_names` on b, where shapes do not fit either.
-        BadInput: a directory that cannot be used.
+        BadInput, TraceError: b cannot be built or traced.
     """
-    held = load_meta(b)
-    with Checkpoint.open(b) as files:
-        try:
-            checkpoint_names(held, files.names)
-        except (CheckpointError, Refused) as error:
-            found = _found(a, held, files)
-            if found is None:
-                raise error from None
-        else:
-            found = None
-    if found is None:
-        yield b, None
+    held, config = load_meta(b), read_config(b)
+    try:
+        checkpoint_names(held, files.names)
+    except (CheckpointError, Refused) as error:
+        traced = trace(held.model, (), held.inputs)
+        found = _found(a, held, traced, files)
+        if found is None:
+            raise error from None
+    else:
+        yield CheckpointModel.built(held, config, files), None
         return
     names = {tensor: name for name, tensor in found.names.items()}
+    changed = sum(tensor != name for tensor, name in names.items())
     with tempfile.TemporaryDirectory(prefix="regauge-named-") as folder:
-        with Checkpoint.open(b) as files:
-            _copied(files, Path(folder), names)
-        changed = sum(tensor != name for tensor, name in names.items())
-        yield Path(folder), Renamed(changed, found.unsure)
+        _copied(files, Path(folder), names)
+        with Checkpoint.open(folder) as copied:
+            model = CheckpointModel.built(held, config, copied, traced)
+            yield model, Renamed(changed, found.unsure)
 
 
 class _Model:
@@ -119,18 +125,13 @@ class _Model:
         return None
 
 
-def _found(a: Path, held: HFModel, files: Checkpoint) -> Assigned | None:
-    traced = trace(held.model, (), held.inputs)
+def _found(a: CheckpointModel, held: HFModel, traced: Trace, files: Checkpoint) -> Assigned | None:
     order = sorted(files.names, key=_natural)
     stored = {name: tuple(files.shape(name)) for name in order if files.dtype(name).is_floating_point}
-    with Checkpoint.open(a) as known:
-        model = _Model(CheckpointModel.of(a, known), traced)
-        kept = model_tensors(held)
-        shapes = {
-            n: tuple(traced.shapes[n]) for n in dict.fromkeys([*model.order, *traced.shapes]) if n in kept
-        }
-        assignment = Assignment(shapes, stored, model, partial(read_some, files))
-        return assignment.run() if assignment.fits() else None
+    model, kept = _Model(a, traced), model_tensors(held)
+    shapes = {n: tuple(traced.shapes[n]) for n in dict.fromkeys([*model.order, *traced.shapes]) if n in kept}
+    assignment = Assignment(shapes, stored, model, partial(read_some, files))
+    return assignment.run() if assignment.fits() else None
 
 
 def some(shape: Sequence[int], read: Callable[[Rows], torch.Tensor]) -> torch.Tensor:
