@@ -37,6 +37,7 @@ DISGUISE: tuple[tuple[str, dict[str, Any]], ...] = (
     ("fold-scales", {}),
     ("fold-value-bias", {}),
     ("center", {"norm": "rms"}),
+    ("center", {}),
     ("rotate", {"space": "all"}),
     ("permute", {"signs": True}),
     ("rescale", {"mode": "random"}),
@@ -120,6 +121,21 @@ def test_a_disguised_copy_is_the_same(name: str, tmp_path: Path) -> None:
     assert distance(a, b) < 1e-7
     assert same_function(a, b)
     assert a.details["missing"] == []
+
+
+def test_what_nothing_reads_is_not_seen_on_an_axis_that_is_an_output(tmp_path: Path) -> None:
+    """The stream of an encoder whose last states are the output is fixed, and its norms ignore the mean."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(3)
+    config = BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(tmp_path / "source")
+    rewrite(tmp_path / "source", tmp_path / "copy", {"moves": ["center"]}, dtype=torch.float32)
+    a, b = (fingerprint(tmp_path / place, run=False) for place in ("source", "copy"))
+    assert distance(a, b) < 1e-9
 
 
 def test_rounding_leaves_it_near_and_other_weights_do_not(tmp_path: Path) -> None:

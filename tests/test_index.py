@@ -19,10 +19,11 @@ from typer.testing import CliRunner
 from regauge.cli import app
 from regauge.errors import BadInput
 from regauge.provenance import Fingerprint, Index, distance
+from regauge.provenance.fingerprint import VERSION
 from regauge.provenance.sketch import LENGTH
 
 
-def made(vector: np.ndarray, version: int = 1) -> Fingerprint:
+def made(vector: np.ndarray, version: int = VERSION) -> Fingerprint:
     unit = (vector / np.linalg.norm(vector)).astype(np.float32)
     return Fingerprint(unit, None, None, {"products": {}}, "Some", 7, 0.5, version)
 
@@ -91,7 +92,7 @@ def test_adding_is_all_or_nothing(tmp_path: Path) -> None:
         with pytest.raises(BadInput, match="entry of this name"):
             index.add([("new", prints[2]), ("m1", prints[3])])
         with pytest.raises(BadInput, match="version"):
-            index.add([("new", prints[2]), ("newer", made(prints[3].vector, version=2))])
+            index.add([("new", prints[2]), ("newer", made(prints[3].vector, version=VERSION + 1))])
         assert [row.name for row in index.rows()] == ["m0", "m1"]
 
 

@@ -23,7 +23,7 @@ from regauge.provenance.sketch import LENGTH, sketches
 from regauge.sources import resolve
 from regauge.stages import Progress, silent
 
-VERSION = 1
+VERSION = 2
 SAME = 1e-6
 """Largest difference of behaviour within which two models count as one function."""
 

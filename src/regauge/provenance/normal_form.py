@@ -1,7 +1,8 @@
 """The normal form of a model: whatever was folded, tied or encoded in another way is brought to one form.
 
 Nothing is written. A plan of optional moves takes out what needs another structure (batch norms, layer
-scales); then every tied parameter has a copy for each role, and every gain that folds is one.
+scales); then every tied parameter has a copy for each role, every gain that folds is one, and what nothing
+reads is zero.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from regauge.atlas import Atlas
+from regauge.atlas import Action, Atlas
 from regauge.discover import Gauge, traced_only
 from regauge.errors import Refused
+from regauge.matching.normal import null_actions, without_null
 from regauge.model import CheckpointModel
 from regauge.moves.base import Scene, State
 from regauge.moves.fold import plan_fold_scales
@@ -51,20 +53,24 @@ class NormalForm:
     order: tuple[str, ...]
     trace: Trace
     _steps: Mapping[str, tuple[Step, ...]]
+    _null: Mapping[str, tuple[Action, ...]]
     _rows: Rows
 
     def read(self, name: str, axis: int = 0, stop: int | None = None) -> torch.Tensor:
-        """The parameter in float64; with ``stop`` only its first entries along ``axis``.
+        """The parameter in float64, null directions zero; with ``stop`` its first entries along ``axis``.
 
         Raises:
             CheckpointError: the tensor is not finite, or not stored in a floating dtype.
         """
         size = self.shapes[name][axis] if self.shapes[name] else 1
-        steps = self._steps.get(name, ())
-        cut = stop is not None and stop < size and all(axis not in step.axes for step in steps)
+        steps, null = self._steps.get(name, ()), self._null.get(name, ())
+        free = all(axis not in step.axes for step in steps) and all(act.axis != axis for act in null)
+        cut = stop is not None and stop < size and free
         value = self._rows(name, axis, 0, stop if cut and stop is not None else size).to(torch.float64)
         for step in steps:
             value = step.apply(value)
+        if null:
+            value = without_null(value.clone(memory_format=torch.contiguous_format), null, self.shapes[name])
         if stop is not None and not cut and self.shapes[name]:
             value = value.narrow(axis, 0, min(stop, size))
         return value
@@ -112,4 +118,4 @@ def folded_form(gauge: Gauge, rows: Rows) -> NormalForm:
     atlas = gauge.atlas(untied=untied, folded=state.folded)
     used = gauge.walk(untied=untied)[0].result.parameters.values()
     order = tuple(dict.fromkeys(str(value.parameter) for value in used))
-    return NormalForm(atlas, multipliers, shapes, order, gauge.trace, steps, rows)
+    return NormalForm(atlas, multipliers, shapes, order, gauge.trace, steps, null_actions(atlas), rows)
