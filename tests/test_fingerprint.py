@@ -23,6 +23,7 @@ from regauge.errors import BadInput
 from regauge.probe import random_state
 from regauge.provenance import Fingerprint, distance, fingerprint, same_function
 from regauge.provenance.behaviour import summary
+from regauge.provenance.fingerprint import VERSION
 from regauge.provenance.network import network
 from regauge.provenance.normal_form import NormalForm, folded_form
 from regauge.provenance.signs import signs
@@ -176,7 +177,7 @@ def test_the_same_bytes_every_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"version": 2}, {"vector": "AAAA"}, {"vector": 3}, {"behaviour": "%"}, {"parameters": None}],
+    [{"version": VERSION + 1}, {"vector": "AAAA"}, {"vector": 3}, {"behaviour": "%"}, {"parameters": None}],
 )
 def test_what_is_no_fingerprint_is_refused(change: dict[str, Any]) -> None:
     import json
